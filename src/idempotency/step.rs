@@ -1,0 +1,231 @@
+//! THE decision: what may happen to a key. One total function without IO, clock or randomness.
+
+use super::record::{ClaimToken, Fingerprint, Millis, Origin, Record, Recorded, State, Why};
+
+/// What to do with a duplicate of a request that is in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Concurrent {
+    Wait,
+    Conflict,
+}
+
+/// What to do with a newcomer whose key's outcome is unknown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UnknownOutcome {
+    /// Refuse it, until an operator resolves the record or it expires.
+    Hold,
+    /// Send it again, for upstreams that honour the key themselves.
+    Forward,
+}
+
+/// A route's rules, as far as they decide what happens to a key. Times in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    pub retention_ms: u64,
+    pub unknown_retention_ms: u64,
+    pub concurrent: Concurrent,
+    pub unknown_outcome: UnknownOutcome,
+    /// How long a claim lives without being renewed; `None`: as long as its gateway (embedded store).
+    pub lease_ms: Option<u64>,
+}
+
+/// How a forward ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The upstream answered and that answer stands.
+    Final(Recorded),
+    /// The upstream has certainly not executed this send.
+    NotExecuted(Evidence),
+    /// It may have been executed.
+    Unknown(Why),
+}
+
+/// What a "not executed" is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Evidence {
+    /// It speaks for this send alone: a failed connect, a status such as 429.
+    ThisSend,
+    /// The upstream says so of the key: `Idempotency-Outcome: not-executed`.
+    ThisKey,
+}
+
+/// Something that happens to a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A request with this key has arrived. `origin.attempts` is ignored.
+    Arrive { origin: Origin, fingerprint: Fingerprint, token: ClaimToken },
+    /// The owner keeps its claim alive.
+    Renew { token: ClaimToken },
+    /// The owner's forward has ended.
+    Settle { token: ClaimToken, outcome: Outcome },
+    /// Found at start: the gateway that held this claim is dead.
+    Recover,
+}
+
+/// Why a request is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RejectReason {
+    /// Same key, other payload.
+    KeyReused,
+    /// The first request is still in flight, and the route does not wait.
+    InProgress,
+    OutcomeUnknown,
+    /// Executed, but its response was too large to be recorded.
+    BodyNotRecorded {
+        status: u16,
+        location: Option<bytes::Bytes>,
+    },
+}
+
+/// What the event means for whoever raised it. It counts only once the step's write has landed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Send it; `resend`: it may have been executed before.
+    Forward {
+        resend: bool,
+    },
+    /// Answer from the record that was read.
+    Replay,
+    /// Wait for the claim to settle; its lease ends at `until`.
+    Wait {
+        until: Option<Millis>,
+    },
+    Reject(RejectReason),
+    Renewed,
+    /// The record says what the event wanted it to say.
+    Settled,
+    /// The record has moved on: the event changes nothing.
+    Superseded,
+}
+
+/// What to write, conditional on the record that was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Write {
+    Keep,
+    Put(Record),
+    Remove,
+}
+
+#[must_use = "a decision counts only after its write has landed"]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    pub write: Write,
+    pub decision: Decision,
+}
+
+impl Step {
+    fn keep(decision: Decision) -> Self {
+        Self { write: Write::Keep, decision }
+    }
+}
+
+/// Decides what `event` does to the record `stored` at `now`.
+pub fn step(policy: &Policy, now: Millis, stored: Option<&Record>, event: &Event) -> Step {
+    match event {
+        Event::Arrive { origin, fingerprint, token } => match stored.filter(|record| !record.expired(now)) {
+            None => claim(policy, now, Origin { attempts: 1, claimed_at: now, ..origin.clone() }, *fingerprint, *token),
+            Some(record) => arrive_at(policy, now, record, fingerprint, *token),
+        },
+        Event::Renew { token } => renew(policy, now, stored, *token),
+        Event::Settle { token, outcome } => settle(policy, now, stored, *token, outcome),
+        Event::Recover => match stored {
+            Some(record) if matches!(record.state, State::Claimed { .. }) => {
+                Step { write: Write::Put(unknown(policy, now, record, Why::Crash)), decision: Decision::Settled }
+            }
+            _ => Step::keep(Decision::Superseded),
+        },
+    }
+}
+
+fn claim(policy: &Policy, now: Millis, origin: Origin, fingerprint: Fingerprint, token: ClaimToken) -> Step {
+    let resend = origin.attempts > 1;
+    let lease_until = policy.lease_ms.map(|ms| now.plus(ms));
+    let record = Record { origin, fingerprint, token, state: State::Claimed { lease_until } };
+    Step { write: Write::Put(record), decision: Decision::Forward { resend } }
+}
+
+/// A newcomer finds a live record. The fingerprint comes first: 422 beats waiting, replaying and `outcome_unknown`.
+fn arrive_at(policy: &Policy, now: Millis, record: &Record, fingerprint: &Fingerprint, token: ClaimToken) -> Step {
+    if record.fingerprint.conflicts_with(fingerprint) {
+        return Step::keep(Decision::Reject(RejectReason::KeyReused));
+    }
+    match &record.state {
+        State::Claimed { lease_until } if lease_until.is_some_and(|until| until <= now) => {
+            let lapsed = unknown(policy, now, record, Why::Lease);
+            let step = arrive_at(policy, now, &lapsed, fingerprint, token);
+            match step.write {
+                Write::Keep => Step { write: Write::Put(lapsed), ..step },
+                _ => step,
+            }
+        }
+        State::Claimed { lease_until } => Step::keep(match policy.concurrent {
+            Concurrent::Wait => Decision::Wait { until: *lease_until },
+            Concurrent::Conflict => Decision::Reject(RejectReason::InProgress),
+        }),
+        State::Completed { response: Recorded::Full(_), .. } => Step::keep(Decision::Replay),
+        State::Completed { response: Recorded::Omitted { status, location }, .. } => {
+            let (status, location) = (*status, location.clone());
+            Step::keep(Decision::Reject(RejectReason::BodyNotRecorded { status, location }))
+        }
+        State::Unknown { .. } => match policy.unknown_outcome {
+            UnknownOutcome::Hold => Step::keep(Decision::Reject(RejectReason::OutcomeUnknown)),
+            UnknownOutcome::Forward => {
+                let attempts = record.origin.attempts.saturating_add(1);
+                let origin = Origin { attempts, ..record.origin.clone() };
+                claim(policy, now, origin, record.fingerprint, token)
+            }
+        },
+    }
+}
+
+fn renew(policy: &Policy, now: Millis, stored: Option<&Record>, token: ClaimToken) -> Step {
+    match stored {
+        Some(record) if record.token == token => match record.state {
+            // A lapsed lease is not revived: a newcomer may be turning the claim into unknown right now.
+            State::Claimed { lease_until } if lease_until.is_none_or(|until| until > now) => {
+                let lease_until = policy.lease_ms.map(|ms| now.plus(ms));
+                let state = State::Claimed { lease_until };
+                Step { write: Write::Put(Record { state, ..record.clone() }), decision: Decision::Renewed }
+            }
+            _ => Step::keep(Decision::Superseded),
+        },
+        _ => Step::keep(Decision::Superseded),
+    }
+}
+
+/// Only the holder of the token settles: a claim, or the unknown that its claim has turned into.
+fn settle(policy: &Policy, now: Millis, stored: Option<&Record>, token: ClaimToken, outcome: &Outcome) -> Step {
+    let Some(record) = stored.filter(|record| record.token == token) else {
+        return Step::keep(Decision::Superseded);
+    };
+    let claimed = match record.state {
+        State::Claimed { .. } => true,
+        State::Unknown { .. } => false,
+        // A settle whose answer was lost is repeated: it has landed already.
+        State::Completed { .. } => return Step::keep(Decision::Settled),
+    };
+    let write = match outcome {
+        Outcome::Final(response) => {
+            let expires_at = now.plus(policy.retention_ms);
+            let state = State::Completed { response: response.clone(), completed_at: now, expires_at };
+            Write::Put(Record { state, ..record.clone() })
+        }
+        // An earlier send may have been executed, whatever became of this one.
+        Outcome::NotExecuted(Evidence::ThisSend) if record.origin.attempts > 1 => {
+            if claimed {
+                Write::Put(unknown(policy, now, record, Why::EarlierSend))
+            } else {
+                Write::Keep
+            }
+        }
+        Outcome::NotExecuted(_) => Write::Remove,
+        Outcome::Unknown(why) if claimed => Write::Put(unknown(policy, now, record, *why)),
+        Outcome::Unknown(_) => Write::Keep,
+    };
+    Step { write, decision: Decision::Settled }
+}
+
+fn unknown(policy: &Policy, now: Millis, record: &Record, why: Why) -> Record {
+    let expires_at = now.plus(policy.unknown_retention_ms);
+    Record { state: State::Unknown { why, since: now, expires_at }, ..record.clone() }
+}

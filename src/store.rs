@@ -1,0 +1,172 @@
+//! Stores: opaque bytes under an id, changed by compare-and-swap. A store knows no record and decides nothing.
+
+pub mod embedded;
+pub mod memory;
+
+use bytes::Bytes;
+use std::future::Future;
+use std::time::Duration;
+
+/// The name of an entry: a keyed hash of tenant and key.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RecordId(pub [u8; 16]);
+
+impl std::fmt::Display for RecordId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl std::fmt::Debug for RecordId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
+}
+
+/// Names one write of one entry. Versions of a store never repeat, not even after a removal or a restart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Version(pub u64);
+
+/// A kind of entry, so that a store can count and list by kind without reading values. Its meaning is the caller's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Tag(pub u8);
+
+impl Tag {
+    /// Tags run from 0 to `COUNT - 1`.
+    pub const COUNT: usize = 4;
+}
+
+/// What is written under an id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Value {
+    pub tag: Tag,
+    /// From this time (milliseconds since the Unix epoch) the store may drop the entry; `None`: never.
+    /// Until it has dropped it, the store still returns it: the caller judges.
+    pub expires_at_ms: Option<u64>,
+    pub bytes: Bytes,
+}
+
+/// What a store holds under an id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub version: Version,
+    pub value: Value,
+}
+
+/// The answer to a compare-and-swap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Swap {
+    /// Written (and durable, as the store is configured); for a removal the version is that of the removal.
+    Done(Version),
+    /// Nothing written: this is what the store holds.
+    Conflict(Option<Entry>),
+}
+
+/// Whether a write may be refused to keep room for others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Urgency {
+    /// New work: refused with [`StoreError::Full`] when the disk runs low.
+    Claim,
+    /// Ends work that was begun: goes on as long as there is any room.
+    Settle,
+}
+
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Too little disk for new work. Nothing was written.
+    #[error("the store takes no new claims: less than {min_free_bytes} bytes are free at {path}")]
+    Full { path: String, min_free_bytes: u64 },
+    /// The store has failed for good: a write or flush went wrong. A write under way may or may not have landed.
+    #[error("the store has failed and takes no more writes until the gateway is restarted: {reason}")]
+    Failed { reason: String },
+    /// The entry exists, but its bytes are damaged: its outcome is unknown, it is not absent.
+    #[error("the entry of {id} is damaged: {detail}")]
+    Damaged { id: RecordId, detail: String },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    Ok,
+    /// New claims are refused, settling goes on.
+    Full,
+    /// Failed for good.
+    Failed,
+}
+
+/// A reading of the store's gauges and counters, for metrics. Counters count since the start.
+#[derive(Clone, Debug)]
+pub struct Status {
+    pub health: Health,
+    /// Whether opening it has created it.
+    pub created: bool,
+    /// Entries by tag. Expired ones count until they are swept.
+    pub entries: [u64; Tag::COUNT],
+    /// Time of the oldest write among the entries of each listed tag.
+    pub oldest_ms: [Option<u64>; Tag::COUNT],
+    pub queue_len: u64,
+    pub batches: u64,
+    pub batched_writes: u64,
+    pub bytes_written: u64,
+    pub swept: u64,
+    pub disk_bytes: u64,
+}
+
+pub trait Store: Send + Sync + 'static {
+    /// What the store holds under `id`.
+    ///
+    /// # Errors
+    /// [`StoreError::Failed`], [`StoreError::Damaged`].
+    fn get(&self, id: RecordId) -> impl Future<Output = Result<Option<Entry>, StoreError>> + Send;
+
+    /// Writes `new` (`None`: removes) under `id` if the store holds just version `expected` of it (`None`: nothing).
+    /// When it says [`Swap::Done`], the write is as durable as the store is configured to be.
+    /// The operation goes on if the future is dropped.
+    ///
+    /// # Errors
+    /// [`StoreError::Full`] for [`Urgency::Claim`] alone; [`StoreError::Failed`]; [`StoreError::Damaged`] if the conflicting entry cannot be read.
+    fn compare_and_swap(
+        &self,
+        id: RecordId,
+        expected: Option<Version>,
+        new: Option<Value>,
+        now_ms: u64,
+        urgency: Urgency,
+    ) -> impl Future<Output = Result<Swap, StoreError>> + Send;
+
+    /// Drops a bounded batch of entries that have expired at `now_ms`, each on condition that its version is the one
+    /// that had expired, and gives their space back. Returns how long to wait before the next call.
+    ///
+    /// # Errors
+    /// [`StoreError::Failed`].
+    fn sweep(&self, now_ms: u64) -> impl Future<Output = Result<Duration, StoreError>> + Send;
+
+    /// All entries of a tag that never expires; meant for few (claims found at start).
+    ///
+    /// # Errors
+    /// [`StoreError::Failed`], [`StoreError::Damaged`].
+    fn unexpiring(&self) -> Result<Vec<(RecordId, Entry)>, StoreError>;
+
+    /// The newest time that any write has borne: the clock must not start before it.
+    fn newest_ms(&self) -> u64;
+
+    /// A small value that belongs to the store as a whole; `None` if it was never set.
+    fn setting(&self, name: &str) -> Option<Bytes>;
+
+    /// Sets it, durably. Blocks; meant for start-up.
+    ///
+    /// # Errors
+    /// [`StoreError::Failed`].
+    fn set_setting(&self, name: &str, value: &[u8]) -> Result<(), StoreError>;
+
+    fn status(&self) -> Status;
+
+    /// Writes out what is buffered and stops the store's threads. Blocks. Later calls fail.
+    fn close(&self);
+}
+
+/// Which store, and how.
+#[derive(Clone, Debug)]
+pub enum Options {
+    Memory,
+    Embedded(embedded::Options),
+}
