@@ -7,3 +7,4 @@ pub mod idempotency;
 pub mod ledger;
 pub mod server;
 pub mod store;
+pub mod telemetry;
