@@ -19,7 +19,7 @@ use crate::ledger::{Answer, Arrival, Arrived, Budget, Held, Ledger, Settlement};
 use crate::store::{AnyStore, StoreError};
 use crate::telemetry::{Metrics, Outcome, RouteMetrics};
 use bytes::Bytes;
-use forward::{Forward, TaskAnswer};
+use forward::TaskAnswer;
 use headers::via_names_us;
 use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use http::request::Parts;
@@ -34,7 +34,7 @@ use scope::Secret;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -135,7 +135,7 @@ type Counted = (Response<ReplyBody>, Outcome);
 
 impl Gateway {
     #[must_use]
-    pub fn new(options: Options, ledger: GatewayLedger, secret: Secret, metrics: Metrics) -> Arc<Self> {
+    pub(crate) fn new(options: Options, ledger: GatewayLedger, secret: Secret, metrics: Metrics) -> Arc<Self> {
         let route = |options: &RouteOptions| {
             let metrics = metrics.route(options.pattern.as_str());
             Arc::new(Route { options: options.clone(), metrics })
@@ -370,7 +370,9 @@ impl Gateway {
             Answer::KeyReused => Err(Problem::key_reused()),
             Answer::InProgress { late } => Err(Problem::in_progress(late)),
             Answer::OutcomeUnknown => Err(Problem::outcome_unknown()),
-            Answer::BodyNotRecorded { status, location } => Err(Problem::body_not_recorded(status, location.as_deref())),
+            Answer::BodyNotRecorded { status, location } => {
+                Err(Problem::body_not_recorded(status, location.as_deref()))
+            }
         }
     }
 }
@@ -396,7 +398,8 @@ fn fingerprint(
     path: &NormalPath,
     body: &[u8],
 ) -> crate::idempotency::Fingerprint {
-    let lines = |name: &HeaderName| parts.headers.get_all(name).into_iter().map(HeaderValue::as_bytes).collect::<Vec<_>>();
+    let lines =
+        |name: &HeaderName| parts.headers.get_all(name).into_iter().map(HeaderValue::as_bytes).collect::<Vec<_>>();
     let named = |name: &String| HeaderName::try_from(name.as_str()).map(|name| lines(&name)).unwrap_or_default();
     let headers = options.fingerprint.headers.iter().map(named).collect::<Vec<_>>();
     options.fingerprint.fingerprint(&Payload {
@@ -434,5 +437,43 @@ fn classify(code: Code) -> Outcome {
         | Code::BadRequest
         | Code::RequestTimeout
         | Code::BodyTooLarge => Outcome::rejected,
+    }
+}
+
+#[cfg(test)]
+mod test_support {
+    use super::{MissingKey, OnStoreError, ReplayAuth, RouteOptions, route, scope};
+    use crate::idempotency::{Concurrent, FingerprintSettings, OutcomeTable, Policy, UnknownOutcome};
+    use http::HeaderName;
+    use std::time::Duration;
+
+    /// The default route `/posts`, with another scope.
+    pub(super) fn route_options(scope: &[scope::Part]) -> RouteOptions {
+        RouteOptions {
+            pattern: route::Pattern::parse("/posts").unwrap(),
+            case_sensitive: true,
+            header: HeaderName::from_static("idempotency-key"),
+            missing_key: MissingKey::Pass,
+            scope: scope.to_vec(),
+            fingerprint: FingerprintSettings::default(),
+            policy: Policy {
+                retention_ms: 86_400_000,
+                unknown_retention_ms: 604_800_000,
+                concurrent: Concurrent::Wait,
+                unknown_outcome: UnknownOutcome::Hold,
+                lease_ms: None,
+            },
+            outcomes: OutcomeTable::default(),
+            wait_timeout: Duration::from_secs(10),
+            max_waiters_per_key: 1024,
+            on_store_error: OnStoreError::Reject,
+            max_recorded_body: 1 << 20,
+            drop_headers: vec![http::header::SET_COOKIE],
+            credential_headers: ["cookie", "x-api-key", "api-key", "x-auth-token"]
+                .map(HeaderName::from_static)
+                .to_vec(),
+            trusted_headers: Vec::new(),
+            replay_auth: ReplayAuth::Scope,
+        }
     }
 }

@@ -442,3 +442,6 @@ fn new_token() -> ClaimToken {
     }
     ClaimToken(token)
 }
+
+#[cfg(test)]
+mod tests;

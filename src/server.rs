@@ -87,7 +87,8 @@ impl Listener {
     pub fn address(&self) -> Address {
         match self {
             Self::Tcp(listener) => {
-                let address = listener.local_addr().map_or_else(|error| error.to_string(), |address| address.to_string());
+                let address =
+                    listener.local_addr().map_or_else(|error| error.to_string(), |address| address.to_string());
                 Address::Tcp(address)
             }
             Self::Unix(_, path) => Address::Unix(path.clone()),

@@ -18,8 +18,10 @@ use tokio::time::{Instant, Sleep, sleep};
 ///
 /// # Errors
 /// [`Code::BodyTooLarge`], [`Code::RequestTimeout`], [`Code::Overloaded`]; [`Code::BadRequest`] if the client cut it off.
-pub async fn read(mut body: Incoming, max: usize, timeout: Duration, budget: &Budget) -> Result<Held, Problem> {
-    let too_large = || Problem::new(Code::BodyTooLarge, format!("The body has more than the {max} bytes that may be sent with a key."));
+pub(super) async fn read(mut body: Incoming, max: usize, timeout: Duration, budget: &Budget) -> Result<Held, Problem> {
+    let too_large = || {
+        Problem::new(Code::BodyTooLarge, format!("The body has more than the {max} bytes that may be sent with a key."))
+    };
     // Before the first poll, which asks for the body of a request that expects 100-continue.
     if body.size_hint().lower() > max as u64 {
         return Err(too_large());
@@ -31,7 +33,10 @@ pub async fn read(mut body: Incoming, max: usize, timeout: Duration, budget: &Bu
     loop {
         let frame = match tokio::time::timeout_at(deadline, body.frame()).await {
             Err(_) => {
-                return Err(Problem::new(Code::RequestTimeout, "The body did not arrive in time; send it again, faster."));
+                return Err(Problem::new(
+                    Code::RequestTimeout,
+                    "The body did not arrive in time; send it again, faster.",
+                ));
             }
             Ok(None) => break,
             Ok(Some(Err(error))) => {
@@ -56,7 +61,7 @@ pub async fn read(mut body: Incoming, max: usize, timeout: Duration, budget: &Bu
 
 /// One piece of memory out of several; a single piece is not copied.
 #[must_use]
-pub fn join(mut chunks: Vec<Bytes>, len: usize) -> Bytes {
+pub(super) fn join(mut chunks: Vec<Bytes>, len: usize) -> Bytes {
     if chunks.len() < 2 {
         // A small chunk would keep the whole read buffer that it is cut from.
         return chunks.pop().map_or_else(Bytes::new, |chunk| Bytes::copy_from_slice(&chunk));

@@ -14,7 +14,7 @@ use crate::ledger::{Answer, Claim, ClaimResult, Held, Lead, Reservation};
 use crate::store::AnyStore;
 use crate::telemetry::Outcome as Result_;
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, LOCATION, RETRY_AFTER};
+use http::header::{CONTENT_LENGTH, LOCATION, RETRY_AFTER, TRAILER};
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version, response};
 use http_body::{Body, Frame};
@@ -58,8 +58,9 @@ pub(super) struct Forward {
     gateway: Arc<Gateway>,
     route: Arc<Route>,
     parts: Parts,
-    body: Held,
-    permit: OwnedSemaphorePermit,
+    /// Let go once the caller has got its 504: the request has been written by then.
+    body: Option<Held>,
+    _permit: OwnedSemaphorePermit,
     reply: Option<oneshot::Sender<TaskAnswer>>,
 }
 
@@ -74,10 +75,11 @@ impl Gateway {
         headers::prepare_request(&mut parts.headers, parts.version, &intercepted.peer);
         self.set_host(&mut parts.headers);
         parts.headers.insert(CONTENT_LENGTH, body.bytes.len().into());
+        parts.headers.remove(TRAILER);
         parts.version = Version::HTTP_11;
         parts.extensions.clear();
         let route = Arc::clone(&intercepted.route);
-        Forward { gateway: Arc::clone(self), route, parts, body, permit, reply: None }
+        Forward { gateway: Arc::clone(self), route, parts, body: Some(body), _permit: permit, reply: None }
     }
 }
 
@@ -108,9 +110,7 @@ impl Forward {
         self.reply = Some(reply);
         let gateway = Arc::clone(&self.gateway);
         gateway.claims.spawn(self.run(lead));
-        answer.await.unwrap_or_else(|_| {
-            TaskAnswer::Problem(Problem::upstream_broken("proxy_internal_error"))
-        })
+        answer.await.unwrap_or_else(|_| TaskAnswer::Problem(Problem::upstream_broken("proxy_internal_error")))
     }
 
     fn tell(&mut self, answer: TaskAnswer) {
@@ -161,6 +161,7 @@ impl Forward {
             Some(done) => done,
             None => {
                 claim.set_late();
+                self.body = None;
                 self.tell(TaskAnswer::Problem(Problem::upstream_timeout()));
                 tokio::select! {
                     biased;
@@ -204,7 +205,7 @@ impl Forward {
     }
 
     fn request(&self, first_header: Option<Bytes>) -> Request<ForwardBody> {
-        let body = ForwardBody::full(self.body.bytes.clone());
+        let body = ForwardBody::full(self.body.as_ref().map_or_else(Bytes::new, |held| held.bytes.clone()));
         let mut request = Request::new(body);
         *request.method_mut() = self.parts.method.clone();
         *request.uri_mut() = self.parts.uri.clone();

@@ -92,8 +92,19 @@ mod tests {
         let long = "k".repeat(256);
         let long_quoted = format!("\"{long}\"");
         for line in [
-            "", "  ", r#""""#, r#""abc"#, r#""abc" "def""#, r#""abc",d"#, "a,b", "a b", "a\"b", r#""a\c""#, r#""abc"; "#,
-            &long, &long_quoted,
+            "",
+            "  ",
+            r#""""#,
+            r#""abc"#,
+            r#""abc" "def""#,
+            r#""abc",d"#,
+            "a,b",
+            "a b",
+            "a\"b",
+            r#""a\c""#,
+            r#""abc"; "#,
+            &long,
+            &long_quoted,
         ] {
             assert_eq!(read(&[line.as_bytes()]).unwrap_err().code, Code::KeyInvalid, "{line}");
         }

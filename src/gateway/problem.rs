@@ -124,7 +124,8 @@ impl Problem {
 
     #[must_use]
     pub fn body_not_recorded(status: u16, location: Option<&[u8]>) -> Self {
-        let detail = "The request was executed, but its response was too large to be kept; read the result from the API.";
+        let detail =
+            "The request was executed, but its response was too large to be kept; read the result from the API.";
         let mut problem = Self::new(Code::BodyNotRecorded, detail);
         problem.members.push(("upstream_status", status.into()));
         if let Some(location) = location {
@@ -205,7 +206,7 @@ impl Problem {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
         if chained && self.recorded {
-            headers.insert(super::headers::IDEMPOTENCY_OUTCOME, HeaderValue::from_static("not-executed"));
+            headers.insert(&super::headers::IDEMPOTENCY_OUTCOME, HeaderValue::from_static("not-executed"));
         }
         response
     }

@@ -226,3 +226,122 @@ fn credentials(secret: &Secret, route: &RouteOptions, headers: &HeaderMap) -> Cr
     }
     Credentials(*hasher.finalize().as_bytes())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_support::route_options;
+    use super::*;
+    use http::HeaderValue;
+
+    const SECRET: Secret = Secret([9; 32]);
+
+    struct Asked {
+        headers: HeaderMap,
+        path: &'static str,
+        trusted: bool,
+    }
+
+    fn asked(fields: &[(&str, &str)]) -> Asked {
+        let mut headers = HeaderMap::new();
+        for (name, value) in fields {
+            headers.append(HeaderName::try_from(*name).unwrap(), HeaderValue::try_from(*value).unwrap());
+        }
+        Asked { headers, path: "/posts", trusted: false }
+    }
+
+    fn tell(route: &RouteOptions, asked: &Asked) -> Result<(RecordId, Credentials), Problem> {
+        let path = NormalPath::new(asked.path.as_bytes());
+        let params = super::super::path::matches(&route.pattern, true, &path).unwrap_or_default();
+        let peer = Peer { ip: None, trusted: asked.trusted };
+        let request = Request { headers: &asked.headers, path: &path, params: &params, peer: &peer };
+        tenant(&SECRET, route, &request).map(|(tenant, credentials)| (tenant.record_id(b"key"), credentials))
+    }
+
+    fn id(route: &RouteOptions, asked: &Asked) -> RecordId {
+        tell(route, asked).unwrap().0
+    }
+
+    fn refused(route: &RouteOptions, asked: &Asked) -> bool {
+        matches!(tell(route, asked), Err(problem) if problem.code == Code::ScopeMissing)
+    }
+
+    #[test]
+    fn tenants_are_told_apart_by_every_part() {
+        let route = route_options(&[Part::Authorization, Part::Path]);
+        let alice = asked(&[("authorization", "Bearer alice")]);
+        let bob = asked(&[("authorization", "Bearer bob")]);
+        assert_eq!(id(&route, &alice), id(&route, &alice));
+        assert_ne!(id(&route, &alice), id(&route, &bob));
+        let elsewhere = Asked { path: "/other", ..asked(&[("authorization", "Bearer alice")]) };
+        assert_ne!(id(&route, &alice), id(&route, &elsewhere));
+        assert_ne!(id(&route, &alice), id(&route, &asked(&[])));
+        assert_eq!(id(&route, &asked(&[])), id(&route, &asked(&[("authorization", " ")])), "empty is absent");
+    }
+
+    #[test]
+    fn parts_are_joined_unambiguously() {
+        let mut route = route_options(&[]);
+        route.credential_headers = ["a", "b"].map(HeaderName::from_static).to_vec();
+        route.scope = ["a", "b"].map(|name| Part::Header(HeaderName::from_static(name))).to_vec();
+        let one = id(&route, &asked(&[("a", "xy"), ("b", "z")]));
+        assert_ne!(one, id(&route, &asked(&[("a", "x"), ("b", "yz")])));
+        assert_ne!(one, id(&route, &asked(&[("a", "xyz")])));
+        assert_ne!(id(&route, &asked(&[("a", "x")])), id(&route, &asked(&[("b", "x")])));
+        let by_path = route_options(&[Part::Authorization, Part::Path]);
+        let slash = Asked { path: "/a%2Fb", ..asked(&[]) };
+        assert_ne!(id(&by_path, &slash), id(&by_path, &Asked { path: "/a/b", ..asked(&[]) }));
+        let escaped = Asked { path: "/%61%2fb/", ..asked(&[]) };
+        assert_eq!(id(&by_path, &slash), id(&by_path, &escaped), "compared fully decoded");
+    }
+
+    #[test]
+    fn an_anonymous_request_with_another_credential_is_refused() {
+        let route = route_options(&[Part::Cookie("sid".to_owned()), Part::Path]);
+        assert!(tell(&route, &asked(&[])).is_ok());
+        assert!(tell(&route, &asked(&[("cookie", "a=1; sid=x"), ("x-api-key", "k")])).is_ok());
+        for field in [("x-api-key", "k"), ("cookie", "other=1"), ("authorization", "Bearer x")] {
+            assert!(refused(&route, &asked(&[field])), "{field:?}");
+        }
+    }
+
+    #[test]
+    fn a_scope_header_on_two_lines_or_named_in_connection_is_refused() {
+        let route = route_options(&[Part::Authorization]);
+        assert!(refused(&route, &asked(&[("authorization", "Bearer a"), ("authorization", "Bearer a")])));
+        assert!(refused(&route, &asked(&[("authorization", "Bearer a"), ("connection", "Authorization")])));
+        let cookie = route_options(&[Part::Cookie("sid".to_owned())]);
+        assert!(refused(&cookie, &asked(&[("cookie", "sid=a; sid=b")])));
+    }
+
+    #[test]
+    fn schemes_that_differ_with_every_request_are_refused() {
+        let route = route_options(&[Part::Authorization]);
+        for value in ["AWS4-HMAC-SHA256 Credential=x", "digest username=\"a\"", "DPoP x", "OAuth a=b", "Hawk id=1"] {
+            assert!(refused(&route, &asked(&[("authorization", value)])), "{value}");
+        }
+        for value in ["Bearer DPoP", "Basic YTpi", "Digestive x"] {
+            assert!(tell(&route, &asked(&[("authorization", value)])).is_ok(), "{value}");
+        }
+    }
+
+    #[test]
+    fn trusted_headers_count_from_trusted_peers_only() {
+        let user = HeaderName::from_static("x-user");
+        let mut route = route_options(&[Part::Header(user.clone())]);
+        route.trusted_headers = vec![user];
+        let fields = [("x-user", "alice")];
+        assert!(refused(&route, &asked(&fields)));
+        assert!(tell(&route, &Asked { trusted: true, ..asked(&fields) }).is_ok());
+        assert!(refused(&route, &Asked { trusted: true, ..asked(&[("x-api-key", "k")]) }));
+    }
+
+    #[test]
+    fn credentials_differ_with_any_of_them() {
+        let route = route_options(&[Part::Authorization]);
+        let base = [("authorization", "Bearer a"), ("x-api-key", "k")];
+        let credentials = |fields: &[(&str, &str)]| tell(&route, &asked(fields)).unwrap().1;
+        assert_eq!(credentials(&base), credentials(&base));
+        assert_ne!(credentials(&base), credentials(&[("authorization", "Bearer a"), ("x-api-key", "l")]));
+        assert_ne!(credentials(&base), credentials(&base[..1]));
+    }
+}
