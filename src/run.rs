@@ -9,7 +9,7 @@ use crate::gateway::{Gateway, GatewayLedger};
 use crate::idempotency::Millis;
 use crate::ledger::{Ledger, tags};
 use crate::server::{Address, BindError, Listener, Server};
-use crate::store::{AnyStore, Health, OpenError, Store, StoreError};
+use crate::store::{self, AnyStore, Health, OpenError, Store, StoreError};
 use crate::telemetry::{Metrics, Reading};
 use std::future::Future;
 use std::sync::Arc;
@@ -61,6 +61,7 @@ pub struct Running {
 /// See [`StartError`]; nothing is left running then.
 pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running, StartError> {
     let store = AnyStore::open(&config.store)?;
+    warn_of_new_store(&store, &config.store);
     let secret = secret(&store)?;
     note_identity(&store, &identity::of(&config.gateway.routes), accept_new_identity)?;
     let metrics = Metrics::default();
@@ -116,6 +117,43 @@ impl Running {
         let _ = tokio::task::spawn_blocking(move || ledger.store().close()).await;
         tracing::info!("stopped");
     }
+}
+
+/// A store that is created where one was expected means that every key is new: a volume that is not mounted, say.
+fn warn_of_new_store(store: &AnyStore, options: &store::Options) {
+    if let store::Options::Embedded(embedded) = options
+        && store.status().created
+    {
+        let path = std::path::absolute(&embedded.path).unwrap_or_else(|_| embedded.path.clone());
+        tracing::warn!(path = %path.display(), "a new store was created: all keys are new to it");
+    }
+}
+
+/// Ready once the process is told to stop, by SIGTERM or SIGINT. The signals are caught from now on.
+///
+/// # Errors
+/// The operating system's.
+pub fn shutdown_signal() -> std::io::Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+/// A key made of parts: BLAKE3 of each part's length (64 bits, little-endian) and bytes in turn, so that no two lists of
+/// parts give the same key. Stable across versions.
+#[must_use]
+pub fn key_of_parts(parts: &[String]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    for part in parts {
+        hasher.update(&(part.len() as u64).to_le_bytes());
+        hasher.update(part.as_bytes());
+    }
+    *hasher.finalize().as_bytes()
 }
 
 /// The store's secret, made when the store is.

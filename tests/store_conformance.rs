@@ -142,7 +142,6 @@ async fn versions_never_repeat(backend: impl Backend) {
     store.close();
 }
 
-
 fn is_durable<B: Backend>(_: &B) -> bool {
     B::DURABLE
 }

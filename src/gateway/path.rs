@@ -156,7 +156,7 @@ fn cut_tail(text: &[u8]) -> Vec<u8> {
 }
 
 /// Decodes every well-formed escape; what is not one stays as it is.
-fn decode(text: &[u8]) -> Vec<u8> {
+pub(super) fn decode(text: &[u8]) -> Vec<u8> {
     let mut decoded = Vec::with_capacity(text.len());
     let mut left = text;
     while let Some((&byte, rest)) = left.split_first() {

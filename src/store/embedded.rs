@@ -410,11 +410,8 @@ impl Store for Embedded {
 
     fn unexpiring(&self) -> Result<Vec<(RecordId, Entry)>, StoreError> {
         let state = self.shared.state();
-        let live: Vec<_> = state
-            .unexpiring
-            .values()
-            .filter_map(|id| Some((*id, state.slots.get(id)?.live.clone()?)))
-            .collect();
+        let live: Vec<_> =
+            state.unexpiring.values().filter_map(|id| Some((*id, state.slots.get(id)?.live.clone()?))).collect();
         drop(state);
         live.into_iter().map(|(id, live)| Ok((id, Found::Memory(live).read(id)?))).collect()
     }

@@ -25,7 +25,10 @@ const GROUP_BYTES_MAX: usize = 4 << 20;
 
 pub(super) enum Op {
     Swap(Swap),
-    Maintain { items: Vec<Upkeep>, reply: oneshot::Sender<Result<u64, StoreError>> },
+    Maintain {
+        items: Vec<Upkeep>,
+        reply: oneshot::Sender<Result<u64, StoreError>>,
+    },
     /// Wakes the committer, so that it sees that the store is being closed.
     Stop,
 }
@@ -155,7 +158,13 @@ pub(super) struct Committer {
 }
 
 impl Committer {
-    pub(super) fn new(shared: Arc<Shared>, active: Arc<Segment>, capacity: u64, end: LogPoint, next_version: u64) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        active: Arc<Segment>,
+        capacity: u64,
+        end: LogPoint,
+        next_version: u64,
+    ) -> Self {
         Self {
             shared,
             active,

@@ -47,7 +47,8 @@ pub(super) fn open(options: &Options, tuning: Tuning) -> Result<Recovered, OpenE
     files::create_dir(path).map_err(io_error("create", path))?;
     let lock = lock(path)?;
     let (settings, created) = settings(options, &log_dir, tuning)?;
-    let Log { head, mut segments, spare, end, next_version, newest_ms, survey } = read_log(options, &log_dir, &settings, tuning)?;
+    let Log { head, mut segments, spare, end, next_version, newest_ms, survey } =
+        read_log(options, &log_dir, &settings, tuning)?;
 
     let (index, state) = index_and_state(options, tuning, &settings, head, &mut segments, end, survey)?;
     let active = state.segments.get(&end.position.segment).map(|active| (active.segment.clone(), active.capacity));
@@ -530,10 +531,8 @@ fn replay(
                 // It was valid a moment ago.
                 _ => return Err(damaged(&segment.path, at, "a frame has changed while it was read")),
             };
-            let position = |offset: u64| Position {
-                segment: segment.number,
-                offset: u32::try_from(offset).unwrap_or(u32::MAX),
-            };
+            let position =
+                |offset: u64| Position { segment: segment.number, offset: u32::try_from(offset).unwrap_or(u32::MAX) };
             matches |= known == Some(LogPoint { position: position(at), frame: header.number });
             let next = at + (FRAME_HEADER + payload.len()) as u64;
             matches |= known == Some(LogPoint { position: position(next), frame: header.number + 1 });

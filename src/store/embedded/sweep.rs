@@ -8,12 +8,12 @@ use super::commit::{Found, Op, Upkeep};
 use super::state::State;
 use super::{Lookup, Shared};
 use crate::store::StoreError;
+use crate::store::files;
 use crate::store::index::Located;
 use crate::store::log::frame::{self, FRAME_HEADER, Kind, NEVER};
 use crate::store::log::scan::{FrameReader, Scanned};
 use crate::store::log::segment::{SEGMENT_HEADER, Segment};
 use crate::store::log::{Head, Position};
-use crate::store::files;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -66,7 +66,12 @@ pub(super) struct Sweeper {
 
 impl Sweeper {
     /// One bounded piece of work. Blocks.
-    pub(super) fn sweep(&mut self, shared: &Shared, queue: &mpsc::Sender<Op>, now_ms: u64) -> Result<Duration, StoreError> {
+    pub(super) fn sweep(
+        &mut self,
+        shared: &Shared,
+        queue: &mpsc::Sender<Op>,
+        now_ms: u64,
+    ) -> Result<Duration, StoreError> {
         copy_old_claims(shared, queue)?;
         if self.walk.is_none() {
             self.walk = self.choose(shared, now_ms);
@@ -128,9 +133,8 @@ impl Sweeper {
 /// Replay at start begins at the oldest claim: one that lasts must not keep it far behind.
 fn copy_old_claims(shared: &Shared, queue: &mpsc::Sender<Op>) -> Result<(), StoreError> {
     let state = shared.state();
-    let old = state.unexpiring.iter().take_while(|(position, _)| {
-        state.bytes_behind(**position) > shared.tuning.replay_bytes
-    });
+    let old =
+        state.unexpiring.iter().take_while(|(position, _)| state.bytes_behind(**position) > shared.tuning.replay_bytes);
     let items: Vec<_> = old
         .take(STEP)
         .filter_map(|(_, id)| {

@@ -129,7 +129,9 @@ fn guard<T>(call: impl FnOnce() -> Result<T, sled::Error>) -> Result<T, IndexErr
 impl Index for SledIndex {
     fn get(&self, id: RecordId) -> Result<Option<Located>, IndexError> {
         match guard(|| self.entries.get(id.0))? {
-            Some(value) => decode(&value).map(Some).ok_or_else(|| IndexError(format!("the entry of {id} is malformed"))),
+            Some(value) => {
+                decode(&value).map(Some).ok_or_else(|| IndexError(format!("the entry of {id} is malformed")))
+            }
             None => Ok(None),
         }
     }
