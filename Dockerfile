@@ -12,7 +12,7 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
     cargo build --release --locked --bin oncegate \
     && install -D -m 0755 target/release/oncegate /image/oncegate \
     && install -D -m 0755 /bin/busybox.static /image/bin/wget \
-    && install -d -m 0700 -o 65532 -g 65532 /image/data
+    && mkdir /empty
 COPY <<"TOML" /image/etc/oncegate/config.toml
 # Inside a container loopback reaches nobody. Mount a file over this one, or set ONCEGATE_<SECTION>__<KEY>.
 [server]
@@ -24,8 +24,9 @@ path = "/data"
 TOML
 
 FROM scratch
-# /data keeps its owner and mode: a new named volume takes them over.
 COPY --from=build /image/ /
+# A new named volume takes over the owner of /data.
+COPY --from=build --chown=65532:65532 /empty /data
 COPY LICENSE-APACHE LICENSE-MIT /
 USER 65532:65532
 # The store. Without a volume of its own the records end with the container, and with them the promise.
