@@ -145,7 +145,9 @@ impl Backend {
                     let backend = backend.clone();
                     async move { Ok::<_, Infallible>(backend.answer(request).await) }
                 });
-                tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+                tokio::spawn(
+                    hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service),
+                );
             }
         });
         Ok(address)
