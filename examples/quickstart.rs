@@ -93,7 +93,7 @@ impl Answer {
                 text += &format!("  {name}: {}\n", String::from_utf8_lossy(value.as_bytes()));
             }
         }
-        say(&format!("{text}  {}\n", String::from_utf8_lossy(&self.body)))
+        say(&format!("{text}  {}", String::from_utf8_lossy(&self.body)))
     }
 }
 
