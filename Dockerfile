@@ -34,7 +34,8 @@ VOLUME ["/data"]
 EXPOSE 8080 9090
 STOPSIGNAL SIGTERM
 # No shell in here: busybox under the name of wget is wget and nothing else. Asks whether the process should live on,
-# as an orchestrator that restarts unhealthy containers wants it; /readyz is for what routes traffic.
+# as an orchestrator that restarts unhealthy containers wants it; /readyz is for what routes traffic. Override it where
+# admin.listen is moved.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
     CMD ["/bin/wget", "-q", "-O", "/dev/null", "http://127.0.0.1:9090/livez"]
 ENTRYPOINT ["/oncegate"]
