@@ -10,6 +10,9 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use oncegate::config::{self, Flags};
+use oncegate::run;
+use oncegate::server::Address;
 use serde_json::{Value, json};
 use std::convert::Infallible;
 use std::io::Write;
@@ -53,7 +56,17 @@ async fn main() -> anyhow::Result<()> {
 
 /// Starts a gateway on a free port of 127.0.0.1, with an embedded store in `data`, and returns where it listens.
 async fn start_gateway(upstream: SocketAddr, data: &Path) -> anyhow::Result<SocketAddr> {
-    bail!("not connected yet: upstream {upstream}, data {}", data.display())
+    let file = format!(
+        "server.listen = \"127.0.0.1:0\"\nadmin.listen = \"127.0.0.1:0\"\n\
+         upstream.url = \"http://{upstream}\"\nstore.path = {:?}\n",
+        data.display().to_string()
+    );
+    let config = config::parse("quickstart", &file, [], &Flags::default())?;
+    let gateway = run::start(config, false).await?;
+    let Some(Address::Tcp(address)) = gateway.addresses().first() else { bail!("it listens nowhere") };
+    let address = address.parse().context("no address")?;
+    tokio::spawn(gateway.until(std::future::pending()));
+    Ok(address)
 }
 
 /// Sends one post twice, as a client does that has lost the first answer, and checks what came of it.

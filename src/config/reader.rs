@@ -185,7 +185,7 @@ impl<'e> Section<'e> {
     /// A key whose part does not exist yet.
     pub(super) fn not_built(&mut self, key: &'static str) {
         if let Some(node) = self.take(key) {
-            self.add(&node.at, key, NOT_BUILT);
+            self.add(&node.at, key, "is not built yet in this version; remove it");
         }
     }
 
@@ -214,8 +214,6 @@ impl<'e> Section<'e> {
         }
     }
 }
-
-pub(super) const NOT_BUILT: &str = "is not built yet in this version; remove it";
 
 /// Edits between two words (Levenshtein).
 fn distance(one: &str, other: &str) -> usize {

@@ -207,7 +207,9 @@ fn route(
     let case_sensitive = section.read("case_sensitive", boolean).unwrap_or(true);
     let own = written(&mut section);
     section.finish();
-    let pattern = pattern?;
+    // The other keys are checked all the same.
+    let broken = pattern.is_none();
+    let pattern = pattern.or_else(|| Pattern::parse("/broken").ok())?;
     let merged = Merged { own: &own, general, at: &at };
 
     let outcomes_at = own.outcomes_at.as_ref().or(general.outcomes_at.as_ref()).unwrap_or(&at).clone();
@@ -247,8 +249,8 @@ fn route(
         trusted_headers: merged.get(|w| &w.trusted_headers).unwrap_or_default(),
         replay_auth: merged.get(|w| &w.replay_auth).unwrap_or(ReplayAuth::Scope),
     };
-    contradictions(name, &options, &merged, no_trusted_proxies, errors);
-    Some(options)
+    contradictions(name, &options, &merged, no_trusted_proxies, broken, errors);
+    (!broken).then_some(options)
 }
 
 /// A route's own keys before the general ones.
@@ -274,6 +276,7 @@ fn contradictions(
     route: &RouteOptions,
     merged: &Merged<'_>,
     no_trusted_proxies: bool,
+    no_pattern: bool,
     errors: &mut Errors,
 ) {
     let mut add = |at: At, key: &str, message: &str| errors.add(&at, &format!("{name}.{key}"), message);
@@ -289,6 +292,7 @@ fn contradictions(
     }
     for part in &route.scope {
         if let Part::PathParam(param) = part
+            && !no_pattern
             && !route.pattern.params().any(|name| name == param)
         {
             let message = format!("names the path parameter {param}, which {} has not", route.pattern.as_str());

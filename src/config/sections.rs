@@ -1,9 +1,7 @@
 //! Sections, key by key, with their defaults.
 
 use super::Config;
-use super::reader::{
-    At, Errors, NOT_BUILT, Node, Section, Value, boolean, choice, count, duration, list, size, string,
-};
+use super::reader::{At, Errors, Node, Section, Value, boolean, choice, count, duration, list, size, string};
 use super::routes;
 use crate::gateway::upstream::{Endpoint, HostPolicy};
 use crate::gateway::{self, upstream};
@@ -180,7 +178,9 @@ fn endpoint(text: &str) -> Result<(Endpoint, HeaderValue), String> {
         return Ok((Endpoint::Unix(PathBuf::from(path)), HeaderValue::from_static("localhost")));
     }
     if text.starts_with("https:") {
-        return Err(format!("https {NOT_BUILT}; use http, or a local TLS client such as stunnel"));
+        return Err(
+            "https is not built yet in this version; use http, or a local TLS client such as stunnel".to_owned()
+        );
     }
     let wrong = || format!("{text:?} is no upstream; write http://host:port or unix:/path");
     let rest = text.strip_prefix("http://").ok_or_else(wrong)?;
