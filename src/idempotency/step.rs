@@ -99,6 +99,7 @@ pub enum Decision {
 }
 
 /// What to write, conditional on the record that was read.
+#[allow(clippy::large_enum_variant, reason = "made once per request and taken apart at once: a box would cost more")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Write {
     Keep,
