@@ -230,3 +230,6 @@ fn unknown(policy: &Policy, now: Millis, record: &Record, why: Why) -> Record {
     let expires_at = now.plus(policy.unknown_retention_ms);
     Record { state: State::Unknown { why, since: now, expires_at }, ..record.clone() }
 }
+
+#[cfg(test)]
+mod tests;
