@@ -993,10 +993,10 @@ fn policies() -> Vec<Policy> {
     policies
 }
 
-/// Searches every policy at one size.
-fn search_all(size: Size) {
+/// Searches the chosen policies at one size.
+fn search_all(size: Size, chosen: impl Fn(&Policy) -> bool) {
     let mut visited = 0;
-    for policy in policies() {
+    for policy in policies().into_iter().filter(chosen) {
         match (Model { policy, size, mutant: None, watched: &[] }).search() {
             Ok(states) => {
                 println!("{states} states with {size:?} under {policy:?}");
@@ -1006,23 +1006,34 @@ fn search_all(size: Size) {
         }
     }
     println!("states visited: {visited}");
-    assert!(visited > 100_000, "the search has become too small to mean anything: {visited}");
+    assert!(visited > 500_000, "the search has become too small to mean anything: {visited}");
+}
+
+fn waits(policy: &Policy) -> bool {
+    policy.concurrent == Concurrent::Wait
 }
 
 #[test]
 fn every_invariant_holds_for_three_requests() {
-    search_all(Size { payloads: &[0, 0, 1], faults: 0, renewals: 1 });
+    search_all(Size { payloads: &[0, 0, 1], faults: 0, renewals: 1 }, |_| true);
+}
+
+#[test]
+fn every_invariant_holds_for_three_requests_and_a_fault() {
+    let hold = |policy: &Policy| policy.unknown_outcome == UnknownOutcome::Hold;
+    search_all(Size { payloads: &[0, 0, 1], faults: 1, renewals: 0 }, |policy| waits(policy) && hold(policy));
 }
 
 #[test]
 fn every_invariant_holds_for_two_requests_and_many_faults() {
-    search_all(Size { payloads: &[0, 0], faults: 2, renewals: 1 });
+    search_all(Size { payloads: &[0, 0], faults: 2, renewals: 1 }, waits);
 }
 
 #[test]
-#[ignore = "20 million states, more than a minute"]
-fn every_invariant_holds_for_three_requests_and_a_fault() {
-    search_all(Size { payloads: &[0, 0, 1], faults: 1, renewals: 1 });
+#[ignore = "15 million states, minutes and gigabytes: after changes to the core or to this model"]
+fn every_invariant_holds_in_a_large_world() {
+    search_all(Size { payloads: &[0, 0, 1], faults: 1, renewals: 1 }, |_| true);
+    search_all(Size { payloads: &[0, 0], faults: 3, renewals: 2 }, |_| true);
 }
 
 /// The first invariant among `watched` that a mutant is found to break, and how.
