@@ -317,6 +317,8 @@ prop_compose! {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     #[test]
     fn what_is_encoded_is_decoded(record in any_record()) {
         prop_assert_eq!(decode(&encode(&record)), Ok(record));

@@ -99,6 +99,7 @@ pub enum Decision {
 }
 
 /// What to write, conditional on the record that was read.
+#[allow(clippy::large_enum_variant, reason = "made once per request and taken apart at once: a box would cost more")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Write {
     Keep,
@@ -229,3 +230,6 @@ fn unknown(policy: &Policy, now: Millis, record: &Record, why: Why) -> Record {
     let expires_at = now.plus(policy.unknown_retention_ms);
     Record { state: State::Unknown { why, since: now, expires_at }, ..record.clone() }
 }
+
+#[cfg(test)]
+mod tests;
