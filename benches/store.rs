@@ -63,6 +63,16 @@ fn main() {
     let options = Options { path: dir.path().join("data"), create: true, min_free_bytes: 64 << 20, durability };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
 
+    if let Some(path) = std::env::var_os("REOPEN") {
+        for _ in 0..3 {
+        let o = Options { path: path.clone().into(), ..options.clone() };
+        let t = Instant::now();
+        let s = Embedded::open(&o).unwrap();
+        println!("open {:?} rss {} {:?}", t.elapsed(), rss_mib(), s.status());
+        drop(s);
+        }
+        return;
+    }
     let store = Arc::new(Embedded::open(&options).unwrap());
     let next = Arc::new(AtomicU64::new(0));
     let (written, cpu_before, started) = (proc_self("io", "write_bytes:"), cpu(), Instant::now());
@@ -107,6 +117,7 @@ fn main() {
     let closed = started.elapsed();
 
     let rss_closed = rss_mib();
+    if std::env::var_os("KEEP").is_some() { println!("{:?}", dir.keep()); return; }
     let started = Instant::now();
     let store = Embedded::open(&options).unwrap();
     let opened = started.elapsed();

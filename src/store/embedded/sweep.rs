@@ -135,7 +135,7 @@ fn copy_old_claims(shared: &Shared, queue: &mpsc::Sender<Op>) -> Result<(), Stor
         .take(STEP)
         .filter_map(|(_, id)| {
             let live = state.slots.get(id)?.live.clone()?;
-            Some(Upkeep::Copy { id: *id, located: live.located, value: live.value? })
+            Some(Upkeep::Copy { id: *id, located: live.located, time_ms: live.time_ms, value: live.value? })
         })
         .collect();
     drop(state);
@@ -174,10 +174,12 @@ fn proceed(shared: &Shared, queue: &mpsc::Sender<Op>, walk: &mut Walk) -> Result
             if expired && entry.expires_at_ms != NEVER {
                 items.push(Upkeep::Drop { id: entry.id, position });
             } else {
+                // Reading it compares its checksum. The index has it rounded; the log has it as it was given.
                 let value = found.read(entry.id)?.value.bytes;
-                // The index keeps times in 48 bits; the log has them as they were given.
-                let located = Located { expires_at_ms: entry.expires_at_ms, ..found.located() };
-                items.push(Upkeep::Copy { id: entry.id, located, value });
+                let len = u32::try_from(value.len()).unwrap_or(u32::MAX);
+                let (tag, version, expires_at_ms) = (entry.tag, entry.version, entry.expires_at_ms);
+                let located = Located { position, len, tag, version, expires_at_ms };
+                items.push(Upkeep::Copy { id: entry.id, located, time_ms: entry.time_ms, value });
             }
             if items.len() >= STEP {
                 send(queue, std::mem::take(&mut items))?;
