@@ -410,8 +410,11 @@ impl Store for Embedded {
 
     fn unexpiring(&self) -> Result<Vec<(RecordId, Entry)>, StoreError> {
         let state = self.shared.state();
-        let live: Vec<_> =
-            state.unexpiring.values().filter_map(|id| Some((*id, state.slots.get(id)?.live.clone()?))).collect();
+        let live: Vec<_> = state
+            .unexpiring
+            .values()
+            .filter_map(|id| Some((*id, state.slots.get(id)?.live.clone()?)))
+            .collect();
         drop(state);
         live.into_iter().map(|(id, live)| Ok((id, Found::Memory(live).read(id)?))).collect()
     }
@@ -450,12 +453,15 @@ impl Store for Embedded {
         let queue_len = queue.as_ref().map_or(0, |queue| queue.max_capacity() - queue.capacity());
         drop(queue);
         let state = shared.state();
-        let mut oldest_ms = [None; Tag::COUNT];
-        if let Some(oldest) = oldest_ms.get_mut(usize::from(OLDEST_TRACKED.0)) {
-            *oldest = state.tracked.first_key_value().map(|(_, time_ms)| *time_ms);
-        }
+        let oldest = state.tracked.first_key_value().and_then(|(_, position)| {
+            Some((state.segments.get(&position.segment)?.segment.clone(), position.offset))
+        });
         let (entries, log_bytes) = (state.counts, state.log_bytes());
         drop(state);
+        let mut oldest_ms = [None; Tag::COUNT];
+        if let Some(place) = oldest_ms.get_mut(usize::from(OLDEST_TRACKED.0)) {
+            *place = oldest.and_then(|(segment, offset)| commit::time_of(&segment, offset));
+        }
         let counter = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Status {
             health,

@@ -81,7 +81,10 @@ impl<'a> Fields<'a> {
         self.array().map(u32::from_le_bytes)
     }
 
-    /// Six bytes: enough for times until the year 10889.
+    pub(crate) fn u24(&mut self) -> Option<u32> {
+        self.array::<3>().map(|[a, b, c]| u32::from_le_bytes([a, b, c, 0]))
+    }
+
     pub(crate) fn u48(&mut self) -> Option<u64> {
         self.array::<6>().map(|[a, b, c, d, e, f]| u64::from_le_bytes([a, b, c, d, e, f, 0, 0]))
     }

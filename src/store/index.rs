@@ -10,12 +10,12 @@ use super::{RecordId, Tag};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Located {
     pub(crate) position: Position,
-    /// Length of the value in bytes.
+    /// Length of the value in bytes; an index may round it up to a multiple of 8, since entries are padded to that.
     pub(crate) len: u32,
     pub(crate) tag: Tag,
     pub(crate) version: u64,
+    /// An index may round it up to seconds. The log has it exactly.
     pub(crate) expires_at_ms: u64,
-    pub(crate) time_ms: u64,
 }
 
 /// How far the index has come.
@@ -31,6 +31,8 @@ pub(crate) struct Checkpoint {
 #[error("index: {0}")]
 pub(crate) struct IndexError(pub(crate) String);
 
+pub(crate) type Visitor<'a> = Box<dyn FnMut(RecordId, Located) + Send + 'a>;
+
 /// Calls one after the other, except `get`.
 pub(crate) trait Index: Send + Sync {
     fn get(&self, id: RecordId) -> Result<Option<Located>, IndexError>;
@@ -41,11 +43,12 @@ pub(crate) trait Index: Send + Sync {
     /// The checkpoint; `None` if there is none or it is damaged.
     fn checkpoint(&self) -> Result<Option<Checkpoint>, IndexError>;
 
-    /// Walks through all entries once, and compares them with what the checkpoint says of them.
+    /// Walks through all entries once, with a thread for each visitor, and compares them with what the checkpoint says
+    /// of them.
     ///
     /// # Errors
     /// If an entry cannot be read, or entries are missing or changed.
-    fn survey(&self, visit: &mut dyn FnMut(RecordId, Located)) -> Result<(), IndexError>;
+    fn survey(&self, visitors: &mut [Visitor<'_>]) -> Result<(), IndexError>;
 
     /// Bytes on the disk.
     fn disk_bytes(&self) -> u64;

@@ -25,10 +25,7 @@ const GROUP_BYTES_MAX: usize = 4 << 20;
 
 pub(super) enum Op {
     Swap(Swap),
-    Maintain {
-        items: Vec<Upkeep>,
-        reply: oneshot::Sender<Result<u64, StoreError>>,
-    },
+    Maintain { items: Vec<Upkeep>, reply: oneshot::Sender<Result<u64, StoreError>> },
     /// Wakes the committer, so that it sees that the store is being closed.
     Stop,
 }
@@ -68,7 +65,7 @@ impl Found {
     /// [`StoreError::Damaged`].
     pub(super) fn read(&self, id: RecordId) -> Result<Entry, StoreError> {
         match self {
-            Self::Memory(Live { located, value }) => Ok(entry(located, value.clone().unwrap_or_default())),
+            Self::Memory(Live { located, value, .. }) => Ok(entry(located, value.clone().unwrap_or_default())),
             Self::Log(segment, located) => {
                 let damaged = |detail: String| {
                     let (file, offset) = (segment.path.display(), located.position.offset);
@@ -85,7 +82,8 @@ impl Found {
                 match EntryRef::parse(&bytes, true) {
                     Some(read) if (read.id, read.version) == (id, located.version) && read.kind != Kind::Remove => {
                         let located = Located { expires_at_ms: read.expires_at_ms, tag: read.tag, ..*located };
-                        Ok(entry(&located, Bytes::from(bytes).slice(ENTRY_HEADER..)))
+                        let end = ENTRY_HEADER + read.value.len();
+                        Ok(entry(&located, Bytes::from(bytes).slice(ENTRY_HEADER..end)))
                     }
                     Some(read) => Err(damaged(format!("version {} of {} stands there", read.version, read.id))),
                     None => Err(damaged("wrong checksum".to_owned())),
@@ -100,7 +98,7 @@ pub(super) enum Upkeep {
     /// Forget an entry that has expired. Nothing is written: it may come back after a restart, to be dropped again.
     Drop { id: RecordId, position: Position },
     /// Write an entry again, at the end of the log.
-    Copy { id: RecordId, located: Located, value: Bytes },
+    Copy { id: RecordId, located: Located, time_ms: u64, value: Bytes },
 }
 
 impl Upkeep {
@@ -158,13 +156,7 @@ pub(super) struct Committer {
 }
 
 impl Committer {
-    pub(super) fn new(
-        shared: Arc<Shared>,
-        active: Arc<Segment>,
-        capacity: u64,
-        end: LogPoint,
-        next_version: u64,
-    ) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, active: Arc<Segment>, capacity: u64, end: LogPoint, next_version: u64) -> Self {
         Self {
             shared,
             active,
@@ -282,8 +274,8 @@ impl Committer {
                 tag: entry.tag,
                 version: entry.version,
                 expires_at_ms: entry.expires_at_ms,
-                time_ms: entry.time_ms,
             },
+            time_ms: entry.time_ms,
             value: Some(value.clone()),
         });
         self.pending.insert(entry.id, new.clone());
@@ -306,16 +298,9 @@ impl Committer {
                 self.changes.push(Change { id, old: Some(old), new: None, in_index });
                 self.swept += 1;
             }
-            Upkeep::Copy { value, .. } => {
-                let entry = EntryRef {
-                    id,
-                    version: old.version,
-                    kind: Kind::Copied,
-                    tag: old.tag,
-                    expires_at_ms: old.expires_at_ms,
-                    time_ms: old.time_ms,
-                    value: &value,
-                };
+            Upkeep::Copy { located, time_ms, value, .. } => {
+                let Located { version, tag, expires_at_ms, .. } = located;
+                let entry = EntryRef { id, version, kind: Kind::Copied, tag, expires_at_ms, time_ms, value: &value };
                 self.push(&entry, &value, Some(old), in_index);
             }
         }
@@ -465,6 +450,13 @@ impl Committer {
         self.shared.counters.swept.fetch_add(self.swept, Ordering::Relaxed);
         self.shared.hand_to_indexer(guard);
     }
+}
+
+/// When the entry at that place was written.
+pub(super) fn time_of(segment: &Segment, offset: u32) -> Option<u64> {
+    let mut header = [0; ENTRY_HEADER];
+    segment.file.read_exact_at(&mut header, u64::from(offset)).ok()?;
+    EntryRef::time_ms(&header)
 }
 
 fn entry(located: &Located, bytes: Bytes) -> Entry {

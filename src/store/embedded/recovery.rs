@@ -11,12 +11,12 @@ use super::state::{Live, SegmentState, Slot, State};
 use super::{Counters, OpenError, Options, Shared, Tuning, index_dir, indexer, log_dir};
 use crate::store::files;
 use crate::store::index::sled::SledIndex;
-use crate::store::index::{Checkpoint, Index, IndexError, Located};
+use crate::store::index::{Checkpoint, Index, IndexError, Located, Visitor};
 use crate::store::log::frame::{self, FRAME_HEADER, Kind, NEVER};
 use crate::store::log::scan::{self, FrameReader, Scanned, Tail, Verified};
 use crate::store::log::segment::{HeaderFault, SEGMENT_HEADER, Segment, StoreId};
 use crate::store::log::{HEAD_FILE, Head, LogPoint, Position};
-use crate::store::{RecordId, Tag};
+use crate::store::{OLDEST_TRACKED, RecordId, Tag};
 use bytes::Bytes;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, OpenOptions};
@@ -47,10 +47,9 @@ pub(super) fn open(options: &Options, tuning: Tuning) -> Result<Recovered, OpenE
     files::create_dir(path).map_err(io_error("create", path))?;
     let lock = lock(path)?;
     let (settings, created) = settings(options, &log_dir, tuning)?;
-    let Log { head, mut segments, spare, end, next_version, newest_ms, survey } =
-        read_log(options, &log_dir, &settings, tuning)?;
+    let Log { head, mut segments, spare, end, next_version, newest_ms, index } = read_log(options, &log_dir, &settings, tuning)?;
 
-    let (index, state) = index_and_state(options, tuning, &settings, head, &mut segments, end, survey)?;
+    let (index, state) = index_and_state(options, tuning, &settings, head, &mut segments, end, index)?;
     let active = state.segments.get(&end.position.segment).map(|active| (active.segment.clone(), active.capacity));
     let Some((active, capacity)) = active else {
         let detail = "there is no active segment".to_owned();
@@ -149,32 +148,11 @@ struct Log {
     end: LogPoint,
     next_version: u64,
     newest_ms: u64,
-    survey: Result<Option<Surveyed>, IndexError>,
+    index: Opening,
 }
 
-/// A walk through the index.
-struct Surveyed {
-    index: SledIndex,
-    counts: [u64; Tag::COUNT],
-    tracked: BTreeMap<u64, u64>,
-    /// Entries of retired segments: the index has not heard that they are gone.
-    stale: Vec<RecordId>,
-    newest_segment: u32,
-}
-
-fn survey(index: SledIndex, head: u32) -> Result<Surveyed, IndexError> {
-    // Counted as the state counts them.
-    let mut state = State::empty();
-    let (mut stale, mut newest_segment) = (Vec::new(), 0);
-    index.survey(&mut |id, located| {
-        newest_segment = newest_segment.max(located.position.segment);
-        match located.position.segment < head {
-            true => stale.push(id),
-            false => state.count(&located),
-        }
-    })?;
-    Ok(Surveyed { index, counts: state.counts, tracked: state.tracked, stale, newest_segment })
-}
+/// The index, if there is one; why it cannot be used otherwise.
+type Opening = Result<Option<SledIndex>, IndexError>;
 
 fn read_log(options: &Options, log_dir: &Path, settings: &Settings, tuning: Tuning) -> Result<Log, OpenError> {
     let head_file = log_dir.join(HEAD_FILE);
@@ -187,7 +165,7 @@ fn read_log(options: &Options, log_dir: &Path, settings: &Settings, tuning: Tuni
         Err(source) => return Err(io_error("read", &head_file)(source)),
     };
     let (segments, interrupted) = open_segments(log_dir, &head, settings.id)?;
-    let (verified, survey) = verify_all(&segments, options, settings.id, head.segment);
+    let (verified, index) = verify_all(&segments, options, settings.id);
     let mut verified_segments = Vec::with_capacity(segments.len());
     for (segment, verified) in segments.into_iter().zip(verified) {
         let verified = verified.map_err(io_error("read", &segment.path))?;
@@ -199,7 +177,7 @@ fn read_log(options: &Options, log_dir: &Path, settings: &Settings, tuning: Tuni
         let path = log_dir.join(Segment::file_name(number));
         std::fs::remove_file(&path).map_err(io_error("delete", &path))?;
     }
-    finish(log_dir, judged, spare, head, survey, tuning)
+    finish(log_dir, judged, spare, head, index, tuning)
 }
 
 /// Opens the segments that count. A last one whose creation was interrupted is told by its number instead.
@@ -238,15 +216,8 @@ fn open_segments(log_dir: &Path, head: &Head, store: StoreId) -> Result<(Vec<Seg
     Ok((segments, None))
 }
 
-type Surveying = Result<Option<Surveyed>, IndexError>;
-
-/// Verifies all segments in two threads; the index is opened and surveyed in a third.
-fn verify_all(
-    segments: &[Segment],
-    options: &Options,
-    store: StoreId,
-    head: u32,
-) -> (Vec<io::Result<Verified>>, Surveying) {
+/// Verifies all segments in two threads; the index is opened in a third.
+fn verify_all(segments: &[Segment], options: &Options, store: StoreId) -> (Vec<io::Result<Verified>>, Opening) {
     let next = AtomicUsize::new(0);
     let results: Mutex<Vec<(usize, io::Result<Verified>)>> = Mutex::new(Vec::with_capacity(segments.len()));
     let work = || {
@@ -258,24 +229,18 @@ fn verify_all(
         }
     };
     let index_path = index_dir(&options.path);
-    let survey = std::thread::scope(|scope| {
-        let survey = scope.spawn(|| {
-            if !index_path.exists() {
-                return Ok(None);
-            }
-            let index = SledIndex::open(&index_path, store)?;
-            if index.checkpoint()?.is_none() {
-                return Err(IndexError("it holds no valid checkpoint of this store".to_owned()));
-            }
-            survey(index, head).map(Some)
+    let index = std::thread::scope(|scope| {
+        let index = scope.spawn(|| match index_path.exists() {
+            true => SledIndex::open(&index_path, store).map(Some),
+            false => Ok(None),
         });
         scope.spawn(work);
         work();
-        survey.join().unwrap_or_else(|_| Err(IndexError("walking through it has panicked".to_owned())))
+        index.join().unwrap_or_else(|_| Err(IndexError("opening it has panicked".to_owned())))
     });
     let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
     results.sort_by_key(|(at, _)| *at);
-    (results.into_iter().map(|(_, verified)| verified).collect(), survey)
+    (results.into_iter().map(|(_, verified)| verified).collect(), index)
 }
 
 /// Tells torn from damaged. Returns the segments in use and the spare one; what was torn is cut off.
@@ -367,7 +332,7 @@ fn finish(
     judged: Vec<(Segment, Verified)>,
     spare: Option<Segment>,
     head: Head,
-    survey: Surveying,
+    index: Opening,
     tuning: Tuning,
 ) -> Result<Log, OpenError> {
     let mut segments = BTreeMap::new();
@@ -411,7 +376,7 @@ fn finish(
             }
         }
     };
-    Ok(Log { head, segments, spare, end: log, next_version, newest_ms, survey })
+    Ok(Log { head, segments, spare, end: log, next_version, newest_ms, index })
 }
 
 fn damaged(path: &Path, offset: u64, detail: &str) -> OpenError {
@@ -430,46 +395,62 @@ fn index_and_state(
     head: Head,
     segments: &mut BTreeMap<u32, SegmentState>,
     end: LogPoint,
-    survey: Surveying,
-) -> Result<(Box<dyn Index>, State), OpenError> {
+    index: Opening,
+) -> Result<Usable, OpenError> {
     let path = index_dir(&options.path);
-    let start = Position { segment: head.segment, offset: SEGMENT_HEADER as u32 };
-    let no_index = |error: IndexError| OpenError::Index { path: path.clone(), detail: error.to_string() };
-    let why = match survey {
-        Ok(Some(surveyed)) => {
-            let checkpoint = surveyed.index.checkpoint().map_err(no_index)?;
-            match checkpoint {
-                Some(checkpoint) if checkpoint.applied_to.frame > end.frame => {
-                    return Err(OpenError::LogBehindIndex {
-                        path: log_dir(&options.path),
-                        index: path,
-                        log_frame: end.frame,
-                        index_frame: checkpoint.applied_to.frame,
-                    });
-                }
-                Some(checkpoint) if surveyed.newest_segment <= end.position.segment => {
-                    let mut state = State::with(std::mem::take(segments), end);
-                    let from = checkpoint.replay_from.max(start);
-                    if replay(&mut state, from, Some(checkpoint.applied_to), &mut |_, _| Ok(()))? {
-                        state.counts = surveyed.counts;
-                        state.tracked = surveyed.tracked.clone();
-                        adjust(&mut state, &surveyed, head.segment).map_err(no_index)?;
-                        return Ok((Box::new(surveyed.index), state));
-                    }
-                    *segments = state.segments;
-                    "its checkpoint does not match the log".to_owned()
-                }
-                _ => "its checkpoint does not match the log".to_owned(),
-            }
-        }
-        Ok(None) => "it is missing".to_owned(),
-        Err(error) => error.to_string(),
+    let why = match use_index(options, head, segments, end, index)? {
+        Ok(usable) => return Ok(usable),
+        Err(why) => why,
     };
     // A store that has just been created has none, and that is no news.
     if path.exists() || end.frame > 1 {
         tracing::warn!(index = %path.display(), reason = why, "rebuilding the index from the log");
     }
     rebuild(tuning, settings, head, std::mem::take(segments), end, &path)
+}
+
+type Usable = (Box<dyn Index>, State);
+
+/// Replays what the index has not heard of. The inner error says why the index is of no use.
+fn use_index(
+    options: &Options,
+    head: Head,
+    segments: &mut BTreeMap<u32, SegmentState>,
+    end: LogPoint,
+    index: Opening,
+) -> Result<Result<Usable, String>, OpenError> {
+    let index = match index {
+        Ok(Some(index)) => index,
+        Ok(None) => return Ok(Err("it is missing".to_owned())),
+        Err(error) => return Ok(Err(error.to_string())),
+    };
+    let Ok(Some(checkpoint)) = index.checkpoint() else {
+        return Ok(Err("it holds no valid checkpoint of this store".to_owned()));
+    };
+    if checkpoint.applied_to.frame > end.frame {
+        return Err(OpenError::LogBehindIndex {
+            path: log_dir(&options.path),
+            index: index_dir(&options.path),
+            log_frame: end.frame,
+            index_frame: checkpoint.applied_to.frame,
+        });
+    }
+    let mut state = State::with(std::mem::take(segments), end);
+    let from = checkpoint.replay_from.max(log_start(&head));
+    let matches = replay(&mut state, from, Some(checkpoint.applied_to), &mut |_, _| Ok(()))?;
+    let why = match matches {
+        false => "its checkpoint does not match the log".to_owned(),
+        true => match survey(&mut state, &index) {
+            Ok(()) => return Ok(Ok((Box::new(index), state))),
+            Err(error) => error.to_string(),
+        },
+    };
+    *segments = state.segments;
+    Ok(Err(why))
+}
+
+fn log_start(head: &Head) -> Position {
+    Position { segment: head.segment, offset: SEGMENT_HEADER as u32 }
 }
 
 /// Builds a new index from the whole log.
@@ -480,8 +461,8 @@ fn rebuild(
     segments: BTreeMap<u32, SegmentState>,
     end: LogPoint,
     path: &Path,
-) -> Result<(Box<dyn Index>, State), OpenError> {
-    let start = Position { segment: head.segment, offset: SEGMENT_HEADER as u32 };
+) -> Result<Usable, OpenError> {
+    let start = log_start(&head);
     let no_index = |error: IndexError| OpenError::Index { path: path.to_owned(), detail: error.to_string() };
     match std::fs::remove_dir_all(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -501,11 +482,8 @@ fn rebuild(
         Ok(())
     })?;
     state.end = end;
-    let surveyed = survey(index, head.segment).map_err(no_index)?;
-    state.counts = surveyed.counts;
-    state.tracked = surveyed.tracked.clone();
-    adjust(&mut state, &surveyed, head.segment).map_err(no_index)?;
-    Ok((Box::new(surveyed.index), state))
+    survey(&mut state, &index).map_err(no_index)?;
+    Ok((Box::new(index), state))
 }
 
 type Progress<'a> = dyn FnMut(&mut State, LogPoint) -> Result<(), OpenError> + 'a;
@@ -531,8 +509,10 @@ fn replay(
                 // It was valid a moment ago.
                 _ => return Err(damaged(&segment.path, at, "a frame has changed while it was read")),
             };
-            let position =
-                |offset: u64| Position { segment: segment.number, offset: u32::try_from(offset).unwrap_or(u32::MAX) };
+            let position = |offset: u64| Position {
+                segment: segment.number,
+                offset: u32::try_from(offset).unwrap_or(u32::MAX),
+            };
             matches |= known == Some(LogPoint { position: position(at), frame: header.number });
             let next = at + (FRAME_HEADER + payload.len()) as u64;
             matches |= known == Some(LogPoint { position: position(next), frame: header.number + 1 });
@@ -546,8 +526,8 @@ fn replay(
                             tag: entry.tag,
                             version: entry.version,
                             expires_at_ms: entry.expires_at_ms,
-                            time_ms: entry.time_ms,
                         },
+                        time_ms: entry.time_ms,
                         value: (entry.expires_at_ms == NEVER).then(|| Bytes::copy_from_slice(entry.value)),
                     });
                     state.set(entry.id, live, true);
@@ -561,25 +541,68 @@ fn replay(
     Ok(matches)
 }
 
-/// Lets the counts tell what index and memory hold together, and finds out which slots hide something in the index.
-fn adjust(state: &mut State, surveyed: &Surveyed, head: u32) -> Result<(), IndexError> {
-    let mut slots = std::mem::take(&mut state.slots);
-    for (id, slot) in &mut slots {
-        let indexed = surveyed.index.get(*id)?;
-        slot.in_index = indexed.is_some();
-        if let Some(indexed) = indexed.filter(|indexed| indexed.position.segment >= head) {
-            state.uncount(&indexed);
-        }
+/// What a walk through a part of the index has found.
+#[derive(Default)]
+struct Part {
+    /// Entries that no slot hides.
+    counted: Vec<u64>,
+    tracked: Vec<(u64, Position)>,
+    hidden: Vec<RecordId>,
+    /// Entries of retired segments: the index has not heard that they are gone.
+    stale: Vec<RecordId>,
+    /// An entry in a segment that does not exist.
+    impossible: bool,
+}
+
+/// Walks through the index once: it is compared with its checkpoint, the counts come to tell what index and memory
+/// hold together, and each slot whether it hides something in the index.
+fn survey(state: &mut State, index: &dyn Index) -> Result<(), IndexError> {
+    let (oldest, newest) = (state.segments.keys().next().copied().unwrap_or(0), state.end.position.segment);
+    let mut parts = [Part::default(), Part::default()];
+    let slots = &state.slots;
+    let mut visitors: Vec<Visitor<'_>> = Vec::with_capacity(parts.len());
+    for part in &mut parts {
+        part.counted = vec![0; Tag::COUNT];
+        visitors.push(Box::new(|id: RecordId, located: Located| {
+            if located.position.segment > newest {
+                part.impossible = true;
+            } else if slots.contains_key(&id) {
+                part.hidden.push(id);
+            } else if located.position.segment < oldest {
+                part.stale.push(id);
+            } else {
+                if let Some(count) = part.counted.get_mut(usize::from(located.tag.0)) {
+                    *count += 1;
+                }
+                if located.tag == OLDEST_TRACKED {
+                    part.tracked.push((located.version, located.position));
+                }
+            }
+        }));
     }
-    for slot in slots.values() {
-        if let Some(live) = &slot.live {
-            state.count(&live.located);
+    index.survey(&mut visitors)?;
+    drop(visitors);
+    if parts.iter().any(|part| part.impossible) {
+        return Err(IndexError("it names segments that do not exist".to_owned()));
+    }
+    let mut slots = std::mem::take(&mut state.slots);
+    slots.values_mut().for_each(|slot| slot.in_index = false);
+    for part in parts {
+        for (count, counted) in state.counts.iter_mut().zip(part.counted) {
+            *count += counted;
+        }
+        state.tracked.extend(part.tracked);
+        for id in part.hidden {
+            slots.entry(id).and_modify(|slot| slot.in_index = true);
+        }
+        for id in part.stale {
+            slots.insert(id, Slot { live: None, in_index: true });
         }
     }
     // A removal that hides nothing is of no use any more.
     slots.retain(|_, slot| slot.live.is_some() || slot.in_index);
-    for id in &surveyed.stale {
-        slots.entry(*id).or_insert(Slot { live: None, in_index: true });
+    for live in slots.values().filter_map(|slot| slot.live.as_ref()) {
+        state.count(&live.located);
     }
     state.waiting = slots.values().filter(|slot| slot.for_index()).count();
     state.slots = slots;
@@ -587,10 +610,6 @@ fn adjust(state: &mut State, surveyed: &Surveyed, head: u32) -> Result<(), Index
 }
 
 impl State {
-    fn empty() -> Self {
-        Self::with(BTreeMap::new(), LogPoint { position: Position { segment: 0, offset: 0 }, frame: 0 })
-    }
-
     fn with(segments: BTreeMap<u32, SegmentState>, end: LogPoint) -> Self {
         Self {
             slots: HashMap::new(),

@@ -14,6 +14,8 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 pub(super) struct Live {
     pub(super) located: Located,
+    /// When it was written first; a copy keeps it.
+    pub(super) time_ms: u64,
     /// Entries that never expire are few and wanted soon: their value stays in memory.
     pub(super) value: Option<Bytes>,
 }
@@ -59,8 +61,8 @@ pub(super) struct State {
     pub(super) waiting_bytes: u64,
     /// Where the entries stand that never expire.
     pub(super) unexpiring: BTreeMap<Position, RecordId>,
-    /// Version and time of the entries of [`OLDEST_TRACKED`]: 16 bytes each, and there should be few.
-    pub(super) tracked: BTreeMap<u64, u64>,
+    /// Versions of the entries of [`OLDEST_TRACKED`], and where they stand: 16 bytes each, and there should be few.
+    pub(super) tracked: BTreeMap<u64, Position>,
     pub(super) counts: [u64; Tag::COUNT],
     pub(super) segments: BTreeMap<u32, SegmentState>,
     /// Where the durable log ends.
@@ -98,7 +100,7 @@ impl State {
             *count += 1;
         }
         if located.tag == OLDEST_TRACKED {
-            self.tracked.insert(located.version, located.time_ms);
+            self.tracked.insert(located.version, located.position);
         }
     }
 

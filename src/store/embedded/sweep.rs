@@ -8,12 +8,12 @@ use super::commit::{Found, Op, Upkeep};
 use super::state::State;
 use super::{Lookup, Shared};
 use crate::store::StoreError;
-use crate::store::files;
 use crate::store::index::Located;
 use crate::store::log::frame::{self, FRAME_HEADER, Kind, NEVER};
 use crate::store::log::scan::{FrameReader, Scanned};
 use crate::store::log::segment::{SEGMENT_HEADER, Segment};
 use crate::store::log::{Head, Position};
+use crate::store::files;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -66,12 +66,7 @@ pub(super) struct Sweeper {
 
 impl Sweeper {
     /// One bounded piece of work. Blocks.
-    pub(super) fn sweep(
-        &mut self,
-        shared: &Shared,
-        queue: &mpsc::Sender<Op>,
-        now_ms: u64,
-    ) -> Result<Duration, StoreError> {
+    pub(super) fn sweep(&mut self, shared: &Shared, queue: &mpsc::Sender<Op>, now_ms: u64) -> Result<Duration, StoreError> {
         copy_old_claims(shared, queue)?;
         if self.walk.is_none() {
             self.walk = self.choose(shared, now_ms);
@@ -133,13 +128,14 @@ impl Sweeper {
 /// Replay at start begins at the oldest claim: one that lasts must not keep it far behind.
 fn copy_old_claims(shared: &Shared, queue: &mpsc::Sender<Op>) -> Result<(), StoreError> {
     let state = shared.state();
-    let old =
-        state.unexpiring.iter().take_while(|(position, _)| state.bytes_behind(**position) > shared.tuning.replay_bytes);
+    let old = state.unexpiring.iter().take_while(|(position, _)| {
+        state.bytes_behind(**position) > shared.tuning.replay_bytes
+    });
     let items: Vec<_> = old
         .take(STEP)
         .filter_map(|(_, id)| {
             let live = state.slots.get(id)?.live.clone()?;
-            Some(Upkeep::Copy { id: *id, located: live.located, value: live.value? })
+            Some(Upkeep::Copy { id: *id, located: live.located, time_ms: live.time_ms, value: live.value? })
         })
         .collect();
     drop(state);
@@ -178,10 +174,12 @@ fn proceed(shared: &Shared, queue: &mpsc::Sender<Op>, walk: &mut Walk) -> Result
             if expired && entry.expires_at_ms != NEVER {
                 items.push(Upkeep::Drop { id: entry.id, position });
             } else {
+                // Reading it compares its checksum. The index has it rounded; the log has it as it was given.
                 let value = found.read(entry.id)?.value.bytes;
-                // The index keeps times in 48 bits; the log has them as they were given.
-                let located = Located { expires_at_ms: entry.expires_at_ms, ..found.located() };
-                items.push(Upkeep::Copy { id: entry.id, located, value });
+                let len = u32::try_from(value.len()).unwrap_or(u32::MAX);
+                let (tag, version, expires_at_ms) = (entry.tag, entry.version, entry.expires_at_ms);
+                let located = Located { position, len, tag, version, expires_at_ms };
+                items.push(Upkeep::Copy { id: entry.id, located, time_ms: entry.time_ms, value });
             }
             if items.len() >= STEP {
                 send(queue, std::mem::take(&mut items))?;

@@ -17,8 +17,8 @@ pub(crate) const FRAME_HEADER: usize = 64;
 pub(crate) const ENTRY_HEADER: usize = 56;
 /// Frames begin at multiples of this.
 pub(crate) const ALIGN: usize = 8;
-/// Larger values are refused. Offsets within a segment fit into 32 bits because of it.
-pub(crate) const MAX_VALUE: usize = 256 << 20;
+/// Larger values are refused. Offsets within a segment fit into 32 bits because of it, and an eighth of it into 24.
+pub(crate) const MAX_VALUE: usize = 64 << 20;
 pub(crate) const MAGIC: u32 = 0x4d52_464f;
 /// The last frame of its segment: another segment follows.
 pub(crate) const FLAG_SEAL: u32 = 1;
@@ -120,6 +120,13 @@ impl<'a> EntryRef<'a> {
             return None;
         }
         Some(Self { id, version, kind, tag, expires_at_ms, time_ms, value })
+    }
+
+    /// The time in an entry's header.
+    pub(crate) fn time_ms(header: &[u8; ENTRY_HEADER]) -> Option<u64> {
+        let mut fields = Fields(header);
+        fields.bytes(8 + 16 + 8 + 8)?;
+        fields.u64()
     }
 
     /// Bytes it takes in a frame.
