@@ -208,8 +208,7 @@ impl Parser<'_> {
         self.rest = self.rest.strip_prefix(b"\"")?;
         self.out.push(b'"');
         loop {
-            let plain = self.rest.iter().position(|byte| matches!(byte, b'"' | b'\\' | 0..0x20))?;
-            let (text, rest) = self.rest.split_at_checked(plain)?;
+            let (text, rest) = self.rest.split_at_checked(plain_len(self.rest))?;
             self.out.extend_from_slice(text);
             match rest {
                 [b'"', rest @ ..] => {
@@ -277,6 +276,26 @@ impl Parser<'_> {
         self.rest = rest;
         Some(())
     }
+}
+
+/// How many bytes stand before the next quotation mark, backslash or control character. Looks at eight bytes at once: a
+/// byte of `found` has its high bit set if it is one of those, or comes after one.
+fn plain_len(text: &[u8]) -> usize {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    const HIGH: u64 = ONES << 7;
+    let (words, tail) = text.as_chunks::<8>();
+    for (at, word) in words.iter().enumerate() {
+        let word = u64::from_le_bytes(*word);
+        let below = |word: u64, limit: u8| word.wrapping_sub(ONES * u64::from(limit)) & !word;
+        let quote = below(word ^ (ONES * u64::from(b'"')), 1);
+        let backslash = below(word ^ (ONES * u64::from(b'\\')), 1);
+        let found = (quote | backslash | below(word, b' ')) & HIGH;
+        if found != 0 {
+            return at * 8 + found.trailing_zeros() as usize / 8;
+        }
+    }
+    let plain = tail.iter().take_while(|byte| !matches!(byte, b'"' | b'\\' | 0..0x20)).count();
+    words.len() * 8 + plain
 }
 
 /// What comes after one digit or more.
