@@ -317,3 +317,38 @@ fn step_into<'p>(ignore: &[&'p [String]], token: &[u8]) -> Vec<&'p [String]> {
 fn names_this(ignore: &[&[String]]) -> bool {
     ignore.iter().any(|pointer| pointer.is_empty())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn plain_len_byte_by_byte(text: &[u8]) -> usize {
+        text.iter().take_while(|byte| **byte >= 0x20 && **byte != b'"' && **byte != b'\\').count()
+    }
+
+    #[test]
+    fn every_byte_at_every_place_ends_plain_text_or_does_not() {
+        for len in 0..=17 {
+            for at in 0..len {
+                for byte in 0..=u8::MAX {
+                    let mut text = vec![b'a'; len];
+                    text[at] = byte;
+                    assert_eq!(plain_len(&text), plain_len_byte_by_byte(&text), "{}", text.escape_ascii());
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Bytes one bit away from those that end plain text, in all neighbourhoods.
+        #[test]
+        fn plain_text_ends_where_it_ends_byte_by_byte(
+            text in prop::collection::vec(prop::sample::select(&b"\x00\x1f\x20\x21\x22\x23\x5b\x5c\x5d\x80\x9f\xa0\xa2\xdc\xffaaaaaaaa"[..]), 0..40),
+        ) {
+            prop_assert_eq!(plain_len(&text), plain_len_byte_by_byte(&text));
+        }
+    }
+}
