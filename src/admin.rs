@@ -1,9 +1,117 @@
 //! The admin address: liveness, readiness, metrics.
 
-use crate::server::Address;
+use crate::server::{Address, Listener};
+use crate::telemetry::Reading;
+use bytes::Bytes;
+use http::header::CONTENT_TYPE;
+use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus_client::registry::Registry;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// `[admin]`.
 #[derive(Clone, Debug)]
 pub struct Options {
     pub listen: Address,
+}
+
+/// What the admin address tells.
+pub struct Admin {
+    registry: Registry,
+    reading: Box<dyn Fn() -> Reading + Send + Sync>,
+    draining: AtomicBool,
+}
+
+impl Admin {
+    #[must_use]
+    pub fn new(registry: Registry, reading: impl Fn() -> Reading + Send + Sync + 'static) -> Arc<Self> {
+        Arc::new(Self { registry, reading: Box::new(reading), draining: AtomicBool::new(false) })
+    }
+
+    /// From now on `/readyz` says 503.
+    pub fn set_draining(&self) {
+        self.draining.store(true, Ordering::Release);
+    }
+
+    /// Answers on the admin address for as long as the process lives.
+    pub async fn serve(self: Arc<Self>, listener: Listener) {
+        loop {
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection on the admin address");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
+            };
+            let admin = Arc::clone(&self);
+            tokio::spawn(async move {
+                let service = service_fn(|request: Request<Incoming>| {
+                    let response = admin.answer(&request);
+                    async move { Ok::<_, Infallible>(response) }
+                });
+                let _ = http1::Builder::new()
+                    .timer(TokioTimer::new())
+                    .header_read_timeout(Duration::from_secs(30))
+                    .serve_connection(TokioIo::new(stream), service)
+                    .await;
+            });
+        }
+    }
+
+    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        if request.method() != Method::GET && request.method() != Method::HEAD {
+            return text(StatusCode::METHOD_NOT_ALLOWED, "text/plain", "only GET\n".to_owned());
+        }
+        match request.uri().path() {
+            "/livez" => {
+                let failed = (self.reading)().store_failed;
+                let (status, word) = if failed {
+                    (StatusCode::SERVICE_UNAVAILABLE, "the store has failed for good: restart me\n")
+                } else {
+                    (StatusCode::OK, "ok\n")
+                };
+                text(status, "text/plain", word.to_owned())
+            }
+            "/readyz" => self.readiness(),
+            "/metrics" => {
+                let mut metrics = String::new();
+                match prometheus_client::encoding::text::encode(&mut metrics, &self.registry) {
+                    Ok(()) => {
+                        text(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", metrics)
+                    }
+                    Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, "text/plain", format!("{error}\n")),
+                }
+            }
+            _ => text(StatusCode::NOT_FOUND, "text/plain", "try /livez, /readyz or /metrics\n".to_owned()),
+        }
+    }
+
+    fn readiness(&self) -> Response<Full<Bytes>> {
+        let reading = (self.reading)();
+        let draining = self.draining.load(Ordering::Acquire);
+        let store = match (reading.store_failed, reading.store_full) {
+            (true, _) => "failed",
+            (false, true) => "full",
+            (false, false) => "ok",
+        };
+        let ready = !draining && store == "ok";
+        let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        let body = serde_json::json!({ "ready": ready, "draining": draining, "store": store });
+        text(status, "application/json", format!("{body}\n"))
+    }
+}
+
+fn text(status: StatusCode, media_type: &'static str, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(media_type));
+    response
 }

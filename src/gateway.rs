@@ -1,13 +1,44 @@
-//! The request pipeline.
+//! The request pipeline, in path order.
 
+mod body;
+mod forward;
+pub mod headers;
+pub mod identity;
+pub mod key;
+mod pass;
+pub mod path;
+pub mod problem;
+pub mod reply;
 pub mod route;
 pub mod scope;
 pub mod upstream;
 
-use crate::idempotency::{FingerprintSettings, OutcomeTable, Policy};
-use http::HeaderName;
+use crate::idempotency::fingerprint::Payload;
+use crate::idempotency::{FingerprintSettings, Millis, Origin, OutcomeTable, Policy};
+use crate::ledger::{Answer, Arrival, Arrived, Budget, Held, Ledger, Settlement};
+use crate::store::{AnyStore, StoreError};
+use crate::telemetry::{Metrics, Outcome, RouteMetrics};
+use bytes::Bytes;
+use forward::TaskAnswer;
+use headers::via_names_us;
+use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
+use http::request::Parts;
+use http::{HeaderName, HeaderValue, Method, Request, Response};
+use hyper::body::Incoming;
 use ipnet::IpNet;
+use key::Key;
+use path::{NormalPath, Params};
+use problem::{Code, Problem};
+use reply::ReplyBody;
+use scope::Secret;
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use upstream::Upstream;
 
 /// Everything the gateway needs to know that is not about connections.
 #[derive(Clone, Debug)]
@@ -62,4 +93,387 @@ pub struct RouteOptions {
     pub credential_headers: Vec<HeaderName>,
     pub trusted_headers: Vec<HeaderName>,
     pub replay_auth: ReplayAuth,
+}
+
+/// Who sent a request.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// `None` on a Unix socket.
+    pub ip: Option<IpAddr>,
+    /// Whether it is one of `server.trusted_proxies`.
+    pub trusted: bool,
+}
+
+/// A response that waiters with the same credentials may share when nothing was executed.
+pub(crate) type Unrecorded = Arc<forward::Unrecorded>;
+pub(crate) type GatewayLedger = Ledger<AnyStore, Unrecorded>;
+
+/// The gateway: everything that requests share.
+pub struct Gateway {
+    options: Options,
+    routes: Vec<Arc<Route>>,
+    unrouted: RouteMetrics,
+    ledger: GatewayLedger,
+    upstream: Arc<Upstream>,
+    secret: Secret,
+    budget: Budget,
+    in_flight: Arc<Semaphore>,
+    metrics: Metrics,
+    /// Tasks that hold claims.
+    claims: TaskTracker,
+    /// Cancelled when the drain's time is over.
+    give_up: CancellationToken,
+}
+
+struct Route {
+    options: RouteOptions,
+    metrics: RouteMetrics,
+}
+
+/// A response, and how it is counted.
+type Counted = (Response<ReplyBody>, Outcome);
+
+impl Gateway {
+    #[must_use]
+    pub(crate) fn new(options: Options, ledger: GatewayLedger, secret: Secret, metrics: Metrics) -> Arc<Self> {
+        let route = |options: &RouteOptions| {
+            let metrics = metrics.route(options.pattern.as_str());
+            Arc::new(Route { options: options.clone(), metrics })
+        };
+        Arc::new(Self {
+            routes: options.routes.iter().map(route).collect(),
+            unrouted: metrics.route("-"),
+            ledger,
+            upstream: Upstream::new(options.upstream.clone(), metrics.clone()),
+            secret,
+            budget: Budget::new(options.max_buffered, metrics.clone()),
+            in_flight: Arc::new(Semaphore::new(options.upstream.max_in_flight)),
+            claims: TaskTracker::new(),
+            give_up: CancellationToken::new(),
+            options,
+            metrics,
+        })
+    }
+
+    /// Who is at the other end of a connection from `ip` (`None`: a Unix socket, whose peers are local and trusted).
+    #[must_use]
+    pub fn peer(&self, ip: Option<IpAddr>) -> Peer {
+        let trusted = |ip: IpAddr| self.options.trusted_proxies.iter().any(|net| net.contains(&ip.to_canonical()));
+        Peer { ip, trusted: ip.is_none_or(trusted) }
+    }
+
+    #[must_use]
+    pub fn upstream(&self) -> &Arc<Upstream> {
+        &self.upstream
+    }
+
+    /// Waits until no claim is open; late ones count.
+    pub async fn claims_settled(&self) {
+        self.claims.close();
+        self.claims.wait().await;
+    }
+
+    /// Settles as unknown every claim that is still open, and returns once all are settled.
+    pub async fn settle_open_claims(&self) {
+        self.give_up.cancel();
+        self.claims_settled().await;
+    }
+
+    /// How many claims are open.
+    #[must_use]
+    pub fn open_claims(&self) -> usize {
+        self.claims.len()
+    }
+
+    /// Answers one request.
+    pub async fn handle(self: &Arc<Self>, mut request: Request<Incoming>, peer: &Peer) -> Response<ReplyBody> {
+        let chained = via_names_us(request.headers());
+        if self.give_up.is_cancelled() {
+            self.unrouted.count(Outcome::failed);
+            return Problem::draining().into_response(chained);
+        }
+        let host = &self.options.upstream.authority;
+        if let Err(problem) = headers::check(&mut request, host) {
+            self.unrouted.count(Outcome::rejected);
+            return problem.into_response(chained);
+        }
+        if request.method() != Method::POST {
+            return self.pass(request, peer, &self.unrouted, chained).await;
+        }
+        let path = NormalPath::new(request.uri().path().as_bytes());
+        let Some((route, path, params)) = self.route(path) else {
+            if let Some(problem) = self.ambiguous(&request) {
+                self.unrouted.count(Outcome::rejected);
+                return problem.into_response(chained);
+            }
+            return self.pass(request, peer, &self.unrouted, chained).await;
+        };
+        let route = Arc::clone(route);
+        let key = match key::parse(request.headers(), &route.options.header) {
+            Ok(key) => key,
+            Err(problem) => {
+                route.metrics.count(Outcome::rejected);
+                return problem.into_response(chained);
+            }
+        };
+        if key.is_none() && route.options.missing_key == MissingKey::Pass {
+            return self.pass(request, peer, &route.metrics, chained).await;
+        }
+        let intercepted = Intercepted { route, path, params, key, peer: peer.clone(), chained };
+        self.intercept(request, intercepted).await
+    }
+
+    /// The route that a normalised path belongs to: the first that matches, in the order of the configuration.
+    fn route(&self, path: NormalPath) -> Option<(&Arc<Route>, NormalPath, Params)> {
+        self.routes.iter().find_map(|route| {
+            let params = path::matches(&route.options.pattern, route.options.case_sensitive, &path)?;
+            let path = path.clone();
+            Some((route, if route.options.case_sensitive { path } else { path.folded() }, params))
+        })
+    }
+
+    /// A keyed POST whose path some upstreams would read as a route of ours must not slip past unprotected.
+    fn ambiguous<B>(&self, request: &Request<B>) -> Option<Problem> {
+        let path = request.uri().path().as_bytes();
+        let keyed = |route: &&Arc<Route>| request.headers().contains_key(&route.options.header);
+        let route = self.routes.iter().filter(keyed).find(|route| path::may_match(&route.options.pattern, path))?;
+        let pattern = route.options.pattern.as_str();
+        let detail = format!("Some servers read this path as {pattern}; send the path in its plain form.");
+        Some(Problem::new(Code::PathAmbiguous, detail))
+    }
+
+    /// A POST on a route of ours that bears a key, or has to.
+    async fn intercept(self: &Arc<Self>, request: Request<Incoming>, intercepted: Intercepted) -> Response<ReplyBody> {
+        let started = Instant::now();
+        let route = Arc::clone(&intercepted.route);
+        let chained = intercepted.chained;
+        let mut record = None;
+        let (response, outcome) = match self.decide(request, intercepted, &mut record).await {
+            Ok(counted) => counted,
+            Err(problem) => {
+                let outcome = classify(problem.code);
+                (problem.into_response(chained), outcome)
+            }
+        };
+        route.metrics.count(outcome);
+        let record = record.map(|id: crate::store::RecordId| id.to_string());
+        tracing::info!(
+            record,
+            route = route.options.pattern.as_str(),
+            result = outcome.as_str(),
+            status = response.status().as_u16(),
+            ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "keyed request"
+        );
+        response
+    }
+
+    /// Key, scope, body, fingerprint; then whatever the record says.
+    async fn decide(
+        self: &Arc<Self>,
+        request: Request<Incoming>,
+        intercepted: Intercepted,
+        record: &mut Option<crate::store::RecordId>,
+    ) -> Result<Counted, Problem> {
+        let options = &intercepted.route.options;
+        if intercepted.key.is_none() && options.missing_key == MissingKey::Reject {
+            let detail = format!("This request needs the header {}, with a key of its own.", options.header);
+            return Err(Problem::new(Code::KeyMissing, detail));
+        }
+        let (parts, body) = request.into_parts();
+        let Intercepted { path, params, peer, .. } = &intercepted;
+        let asked = scope::Request { headers: &parts.headers, path, params, peer };
+        let (tenant, credentials) = scope::tenant(&self.secret, options, &asked)?;
+        let body = body::read(body, self.options.max_body, self.options.body_timeout, &self.budget).await?;
+        let fingerprint = fingerprint(options, &parts, path, &body.bytes);
+        let key = match intercepted.key.clone() {
+            Some(key) => key,
+            None => derived(&tenant.derive_key(&fingerprint.digest))?,
+        };
+        let arrival = Arrival {
+            id: tenant.record_id(&key.decoded),
+            origin: Origin {
+                key: key.decoded.clone(),
+                key_header: Bytes::copy_from_slice(key.header.as_bytes()),
+                path: Bytes::from(path.display()),
+                route: Bytes::copy_from_slice(options.pattern.as_str().as_bytes()),
+                claimed_at: Millis(0),
+                attempts: 1,
+            },
+            fingerprint,
+            credentials,
+            policy: options.policy,
+            max_waiters: options.max_waiters_per_key,
+        };
+        *record = Some(arrival.id);
+        self.settle_on(arrival, parts, body, &intercepted).await
+    }
+
+    /// Replays, waits, refuses or claims, until there is an answer.
+    async fn settle_on(
+        self: &Arc<Self>,
+        arrival: Arrival,
+        parts: Parts,
+        mut body: Held,
+        intercepted: &Intercepted,
+    ) -> Result<Counted, Problem> {
+        let options = &intercepted.route.options;
+        let deadline = Instant::now() + options.wait_timeout;
+        let mut waited = false;
+        loop {
+            let waiting = match self.ledger.arrive(&arrival, &mut body) {
+                Arrived::Answer(answer) => return self.answer(answer, waited),
+                Arrived::Lead(lead) => {
+                    let Ok(permit) = Arc::clone(&self.in_flight).try_acquire_owned() else {
+                        drop(lead);
+                        return match self.ledger.look_up(&arrival).await {
+                            Ok(Some(answer)) => self.answer(answer, waited),
+                            Ok(None) => Err(Problem::overloaded()),
+                            Err(error) => Err(unavailable(&error)),
+                        };
+                    };
+                    let forward = self.forward(parts, body, intercepted, permit);
+                    return match forward.start(lead).await {
+                        TaskAnswer::Respond(response, outcome) => Ok((response, outcome)),
+                        TaskAnswer::Problem(problem) => Err(problem),
+                        TaskAnswer::Record(answer) => self.answer(answer, waited),
+                    };
+                }
+                Arrived::Wait(waiting) => waiting,
+            };
+            waited = true;
+            self.metrics.waiters.inc();
+            let settled = waiting.settled(deadline).await;
+            self.metrics.waiters.dec();
+            match settled {
+                Err(still) => return Err(Problem::in_progress(still.late)),
+                Ok(Settlement::Recorded(record)) => {
+                    if let Some(answer) = self.ledger.answer_from(&arrival, &record) {
+                        return self.answer(answer, waited);
+                    }
+                }
+                Ok(Settlement::NotExecuted { response, credentials }) if credentials == arrival.credentials => {
+                    return response.respond(Outcome::waited);
+                }
+                Ok(Settlement::NotExecuted { .. } | Settlement::Again) => {}
+            }
+        }
+    }
+
+    fn answer(&self, answer: Answer, waited: bool) -> Result<Counted, Problem> {
+        match answer {
+            Answer::Replay(record) => match reply::replay(&record, self.ledger.now()) {
+                Some(response) => Ok((response, if waited { Outcome::waited } else { Outcome::replayed })),
+                // It was executed, that much is sure; a record like this cannot be written by this program.
+                None => Err(Problem::body_not_recorded(0, None)),
+            },
+            Answer::KeyReused => Err(Problem::key_reused()),
+            Answer::InProgress { late } => Err(Problem::in_progress(late)),
+            Answer::OutcomeUnknown => Err(Problem::outcome_unknown()),
+            Answer::BodyNotRecorded { status, location } => {
+                Err(Problem::body_not_recorded(status, location.as_deref()))
+            }
+        }
+    }
+}
+
+/// A request on its way through the pipeline.
+struct Intercepted {
+    route: Arc<Route>,
+    path: NormalPath,
+    params: Params,
+    key: Option<Key>,
+    peer: Peer,
+    chained: bool,
+}
+
+fn derived(key: &str) -> Result<Key, Problem> {
+    let header = HeaderValue::try_from(key).map_err(|_| Problem::new(Code::KeyInvalid, "No key could be derived."))?;
+    Ok(Key { decoded: Bytes::copy_from_slice(key.as_bytes()), header })
+}
+
+fn fingerprint(
+    options: &RouteOptions,
+    parts: &Parts,
+    path: &NormalPath,
+    body: &[u8],
+) -> crate::idempotency::Fingerprint {
+    let lines =
+        |name: &HeaderName| parts.headers.get_all(name).into_iter().map(HeaderValue::as_bytes).collect::<Vec<_>>();
+    let named = |name: &String| HeaderName::try_from(name.as_str()).map(|name| lines(&name)).unwrap_or_default();
+    let headers = options.fingerprint.headers.iter().map(named).collect::<Vec<_>>();
+    options.fingerprint.fingerprint(&Payload {
+        method: parts.method.as_str(),
+        path: &path.segments,
+        query: parts.uri.query().map(str::as_bytes),
+        content_type: &lines(&CONTENT_TYPE),
+        content_encoding: &lines(&CONTENT_ENCODING),
+        headers: &headers,
+        body,
+    })
+}
+
+fn unavailable(error: &StoreError) -> Problem {
+    tracing::warn!(%error, "the store is unavailable");
+    Problem::store_unavailable()
+}
+
+fn classify(code: Code) -> Outcome {
+    match code {
+        Code::InProgress => Outcome::in_progress,
+        Code::OutcomeUnknown => Outcome::outcome_unknown,
+        Code::BodyNotRecorded => Outcome::body_not_recorded,
+        Code::KeyReused => Outcome::key_reused,
+        Code::UpstreamUnreachable
+        | Code::UpstreamBroken
+        | Code::UpstreamTimeout
+        | Code::StoreUnavailable
+        | Code::Overloaded
+        | Code::Draining => Outcome::failed,
+        Code::KeyMissing
+        | Code::KeyInvalid
+        | Code::ScopeMissing
+        | Code::PathAmbiguous
+        | Code::BadRequest
+        | Code::RequestTimeout
+        | Code::BodyTooLarge => Outcome::rejected,
+    }
+}
+
+#[cfg(test)]
+mod test_support {
+    use super::{MissingKey, OnStoreError, ReplayAuth, RouteOptions, route, scope};
+    use crate::idempotency::{Concurrent, FingerprintSettings, OutcomeTable, Policy, UnknownOutcome};
+    use http::HeaderName;
+    use std::time::Duration;
+
+    /// The default route `/posts`, with another scope.
+    pub(super) fn route_options(scope: &[scope::Part]) -> RouteOptions {
+        RouteOptions {
+            pattern: route::Pattern::parse("/posts").unwrap(),
+            case_sensitive: true,
+            header: HeaderName::from_static("idempotency-key"),
+            missing_key: MissingKey::Pass,
+            scope: scope.to_vec(),
+            fingerprint: FingerprintSettings::default(),
+            policy: Policy {
+                retention_ms: 86_400_000,
+                unknown_retention_ms: 604_800_000,
+                concurrent: Concurrent::Wait,
+                unknown_outcome: UnknownOutcome::Hold,
+                lease_ms: None,
+            },
+            outcomes: OutcomeTable::default(),
+            wait_timeout: Duration::from_secs(10),
+            max_waiters_per_key: 1024,
+            on_store_error: OnStoreError::Reject,
+            max_recorded_body: 1 << 20,
+            drop_headers: vec![http::header::SET_COOKIE],
+            credential_headers: ["cookie", "x-api-key", "api-key", "x-auth-token"]
+                .map(HeaderName::from_static)
+                .to_vec(),
+            trusted_headers: Vec::new(),
+            replay_auth: ReplayAuth::Scope,
+        }
+    }
 }

@@ -1,6 +1,26 @@
 //! The shell of the core: carries records between the store, the hot cache and the requests.
+//!
+//! It decides nothing. Every change of a record is a [`step`] whose write has landed in the store by compare-and-swap.
 
+mod budget;
+mod hot_cache;
+mod slots;
+
+pub use budget::{Budget, Held, Reservation};
+pub use slots::{Credentials, Settlement, StillInProgress, Waiting};
+
+use crate::clock::Clock;
+use crate::idempotency::{
+    ClaimToken, Decision, Event, Fingerprint, Millis, Origin, Outcome, Policy, Record, RejectReason, State, Why, Write,
+    codec, step,
+};
+use crate::store::{Entry, RecordId, Status, Store, StoreError, Swap, Tag, Urgency, Value, Version};
+use crate::telemetry::Metrics;
+use hot_cache::HotCache;
+use slots::{SlotOwner, Slots};
+use std::sync::Arc;
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// `[cache]`.
 #[derive(Clone, Debug)]
@@ -10,3 +30,418 @@ pub struct Options {
     /// How long a hot entry may be used; `None`: for its retention.
     pub cache_max_age: Option<Duration>,
 }
+
+/// How records are tagged in the store.
+pub mod tags {
+    use crate::store::Tag;
+    pub const CLAIMED: Tag = Tag(0);
+    pub const COMPLETED: Tag = Tag(1);
+    pub const UNKNOWN: Tag = Tag(2);
+}
+
+/// A keyed request, ready to be decided upon.
+#[derive(Clone, Debug)]
+pub struct Arrival {
+    pub id: RecordId,
+    pub origin: Origin,
+    pub fingerprint: Fingerprint,
+    pub credentials: Credentials,
+    pub policy: Policy,
+    /// How many duplicates may wait for one request in flight.
+    pub max_waiters: usize,
+}
+
+/// What became of an arrival without asking the store.
+pub enum Arrived<S, R: Clone + Send + Sync + 'static> {
+    Answer(Answer),
+    Wait(Waiting<R>),
+    /// Nobody here works on this key: claim it.
+    Lead(Lead<S, R>),
+}
+
+/// An answer that needs no upstream.
+#[derive(Clone, Debug)]
+pub enum Answer {
+    Replay(Arc<Record>),
+    KeyReused,
+    /// `late`: the first caller has got its 504 already.
+    InProgress {
+        late: bool,
+    },
+    OutcomeUnknown,
+    BodyNotRecorded {
+        status: u16,
+        location: Option<bytes::Bytes>,
+    },
+}
+
+/// What became of an attempt to claim.
+pub enum ClaimResult<S: Store, R: Clone + Send + Sync + 'static> {
+    Claimed(Claim<S, R>),
+    Answer(Answer),
+}
+
+/// Records, and the requests under way. `R` is the response that waiters may share when nothing was executed.
+pub struct Ledger<S, R: Clone>(Arc<Shared<S, R>>);
+
+impl<S, R: Clone> Clone for Ledger<S, R> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+struct Shared<S, R> {
+    store: S,
+    clock: Clock,
+    hot: HotCache,
+    slots: Arc<Slots<R>>,
+    metrics: Metrics,
+}
+
+impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
+    #[must_use]
+    pub fn new(store: S, clock: Clock, options: &Options, metrics: Metrics) -> Self {
+        let hot = HotCache::new(options.cache_max_bytes, options.cache_max_age);
+        Self(Arc::new(Shared { store, clock, hot, slots: Arc::new(Slots::new()), metrics }))
+    }
+
+    #[must_use]
+    pub fn now(&self) -> Millis {
+        self.0.clock.now()
+    }
+
+    #[must_use]
+    pub fn store(&self) -> &S {
+        &self.0.store
+    }
+
+    #[must_use]
+    pub fn store_status(&self) -> Status {
+        self.0.store.status()
+    }
+
+    /// Entries and bytes of the hot cache.
+    #[must_use]
+    pub fn cache_size(&self) -> (u64, u64) {
+        (self.0.hot.entries(), self.0.hot.bytes())
+    }
+
+    /// Turns every claim that the store holds into unknown: to be called once, before the first arrival, by the only
+    /// user of the store. `policy` tells the rules of a route by its pattern (`None`: there are no routes at all, and the
+    /// claim is left as it is). Returns how many there were.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn recover(&self, policy: impl Fn(&[u8]) -> Option<Policy>) -> Result<usize, StoreError> {
+        let mut recovered = 0;
+        for (id, entry) in self.0.store.unexpiring()? {
+            let Some((version, record)) = decode(id, entry) else {
+                continue; // It stays a claim: never free, never sent.
+            };
+            let Some(policy) = policy(&record.origin.route) else { continue };
+            let (decision, _) = self.0.apply(id, &policy, Some((version, record)), &Event::Recover).await?;
+            recovered += usize::from(decision == Decision::Settled);
+        }
+        Ok(recovered)
+    }
+
+    /// Decides on an arrival by what this gateway holds in memory. `body` may be exchanged for an equal one that is shared.
+    pub fn arrive(&self, arrival: &Arrival, body: &mut Held) -> Arrived<S, R> {
+        let shared = &self.0;
+        let now = shared.clock.now();
+        if let Some(record) = shared.hot.get(arrival.id, now) {
+            shared.metrics.cache_hits.inc();
+            if let Some(answer) = judge(arrival, now, &record, false) {
+                return Arrived::Answer(answer);
+            }
+        } else {
+            shared.metrics.cache_misses.inc();
+        }
+        let slot = match shared.slots.find_or_open(arrival.id, || body.clone()) {
+            Err(owner) => {
+                return Arrived::Lead(Lead { shared: Arc::clone(shared), arrival: arrival.clone(), owner });
+            }
+            Ok(slot) => slot,
+        };
+        let claimed = slot.claimed();
+        if let Some(answer) = claimed.as_ref().and_then(|record| judge(arrival, now, record, slot.is_late())) {
+            return Arrived::Answer(answer);
+        }
+        slot.share_body(body);
+        match slot.join(arrival.max_waiters, claimed.is_none()) {
+            Some(waiting) => Arrived::Wait(waiting),
+            None => Arrived::Answer(Answer::InProgress { late: slot.is_late() }),
+        }
+    }
+
+    /// The answer that a record gives to an arrival; `None`: it says to wait or to claim.
+    #[must_use]
+    pub fn answer_from(&self, arrival: &Arrival, record: &Arc<Record>) -> Option<Answer> {
+        judge(arrival, self.0.clock.now(), record, false)
+    }
+
+    /// The answer that the store's record gives, without claiming anything; `None`: the key would have to be claimed.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn look_up(&self, arrival: &Arrival) -> Result<Option<Answer>, StoreError> {
+        match self.0.store.get(arrival.id).await {
+            Ok(None) => Ok(None),
+            Ok(Some(entry)) => match decode(arrival.id, entry) {
+                Some((_, record)) => Ok(judge(arrival, self.0.clock.now(), &Arc::new(record), false)),
+                None => Ok(Some(Answer::OutcomeUnknown)),
+            },
+            Err(StoreError::Damaged { id, detail }) => Ok(Some(damaged(id, &detail))),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Removes expired records in the background, in small batches, until the store has failed or is closed.
+    pub async fn sweep(&self) {
+        loop {
+            self.0.hot.tend();
+            match self.0.store.sweep(self.0.clock.now().0).await {
+                Ok(pause) => tokio::time::sleep(pause).await,
+                Err(error) => return tracing::error!(%error, "expired records are no longer removed"),
+            }
+        }
+    }
+}
+
+impl<S: Store, R> Shared<S, R> {
+    /// The shell's loop: step, then compare-and-swap, until the decision's write has landed. Returns the decision and
+    /// what the store then holds.
+    async fn apply(
+        &self,
+        id: RecordId,
+        policy: &Policy,
+        mut stored: Option<(Version, Record)>,
+        event: &Event,
+    ) -> Result<(Decision, Option<(Version, Record)>), StoreError> {
+        loop {
+            let now = self.clock.now();
+            let step = step(policy, now, stored.as_ref().map(|(_, record)| record), event);
+            let (new, urgency) = match step.write {
+                Write::Keep => return Ok((step.decision, stored)),
+                Write::Remove => (None, Urgency::Settle),
+                Write::Put(record) => {
+                    let claim = matches!(record.state, State::Claimed { .. });
+                    (Some(record), if claim { Urgency::Claim } else { Urgency::Settle })
+                }
+            };
+            let expected = stored.as_ref().map(|(version, _)| *version);
+            let value = new.as_ref().map(to_value);
+            match self.store.compare_and_swap(id, expected, value, now.0, urgency).await? {
+                Swap::Done(version) => return Ok((step.decision, new.map(|record| (version, record)))),
+                Swap::Conflict(None) => stored = None,
+                Swap::Conflict(Some(entry)) => {
+                    let version = entry.version;
+                    let Some(found) = decode(id, entry) else {
+                        let detail = format!("its version {} cannot be decoded", version.0);
+                        return Err(StoreError::Damaged { id, detail });
+                    };
+                    stored = Some(found);
+                }
+            }
+        }
+    }
+}
+
+/// What a record that was read means for an arrival; `None`: wait for it, or claim the key.
+fn judge(arrival: &Arrival, now: Millis, record: &Arc<Record>, late: bool) -> Option<Answer> {
+    // The token is not used: nothing of this step is written.
+    let event = arrive_event(arrival, ClaimToken([0; 16]));
+    answer(step(&arrival.policy, now, Some(record), &event).decision, record, late)
+}
+
+fn answer(decision: Decision, record: &Arc<Record>, late: bool) -> Option<Answer> {
+    match decision {
+        Decision::Replay => Some(Answer::Replay(Arc::clone(record))),
+        Decision::Reject(RejectReason::KeyReused) => Some(Answer::KeyReused),
+        Decision::Reject(RejectReason::InProgress) => Some(Answer::InProgress { late }),
+        Decision::Reject(RejectReason::OutcomeUnknown) => Some(Answer::OutcomeUnknown),
+        Decision::Reject(RejectReason::BodyNotRecorded { status, location }) => {
+            Some(Answer::BodyNotRecorded { status, location })
+        }
+        Decision::Forward { .. }
+        | Decision::Wait { .. }
+        | Decision::Renewed
+        | Decision::Settled
+        | Decision::Superseded => None,
+    }
+}
+
+fn arrive_event(arrival: &Arrival, token: ClaimToken) -> Event {
+    Event::Arrive { origin: arrival.origin.clone(), fingerprint: arrival.fingerprint, token }
+}
+
+/// The right, and the duty, to claim a key that nobody here works on. Duplicates wait from now on; they look again if
+/// this is dropped.
+pub struct Lead<S, R: Clone> {
+    shared: Arc<Shared<S, R>>,
+    arrival: Arrival,
+    owner: SlotOwner<R>,
+}
+
+impl<S: Store, R: Clone + Send + Sync + 'static> Lead<S, R> {
+    /// Claims the key in the store, or says what the store answers instead.
+    ///
+    /// # Errors
+    /// The store's; nothing may be forwarded then.
+    pub async fn claim(self) -> Result<ClaimResult<S, R>, StoreError> {
+        let Self { shared, arrival, owner } = self;
+        let started = Instant::now();
+        let token = new_token();
+        let event = arrive_event(&arrival, token);
+        let (decision, stored) = match shared.apply(arrival.id, &arrival.policy, None, &event).await {
+            Err(StoreError::Damaged { id, detail }) => return Ok(ClaimResult::Answer(damaged(id, &detail))),
+            applied => applied?,
+        };
+        let Some((version, record)) = stored else {
+            // An arrival never removes a record; should it, nothing was claimed.
+            return Ok(ClaimResult::Answer(Answer::InProgress { late: false }));
+        };
+        let record = Arc::new(record);
+        if let Decision::Forward { resend } = decision {
+            shared.metrics.claim_seconds.observe(started.elapsed().as_secs_f64());
+            owner.slot().set_claimed(Arc::clone(&record));
+            let held = HeldClaim { shared, arrival, owner, version, record };
+            return Ok(ClaimResult::Claimed(Claim { held: Some(held), resend }));
+        }
+        shared.hot.put(arrival.id, Arc::clone(&record), shared.clock.now());
+        // A claim in the store without a slot here is one whose outcome could not be written: nobody is at it.
+        let answer = answer(decision, &record, false).unwrap_or(Answer::InProgress { late: false });
+        if matches!(answer, Answer::Replay(_) | Answer::BodyNotRecorded { .. }) {
+            owner.settle(Settlement::Recorded(record));
+        }
+        Ok(ClaimResult::Answer(answer))
+    }
+}
+
+/// A durable claim. It is settled by [`Claim::settle`]; dropped without, it is settled as unknown.
+pub struct Claim<S: Store, R: Clone + Send + Sync + 'static> {
+    held: Option<HeldClaim<S, R>>,
+    /// The request may have been executed before: an earlier send's outcome is unknown.
+    pub resend: bool,
+}
+
+struct HeldClaim<S, R: Clone> {
+    shared: Arc<Shared<S, R>>,
+    arrival: Arrival,
+    owner: SlotOwner<R>,
+    version: Version,
+    record: Arc<Record>,
+}
+
+impl<S: Store, R: Clone + Send + Sync + 'static> Claim<S, R> {
+    /// The first caller gets its 504 now, while the forward goes on.
+    pub fn set_late(&self) {
+        if let Some(held) = &self.held {
+            held.owner.slot().set_late();
+        }
+    }
+
+    /// The header value of the first send.
+    #[must_use]
+    pub fn key_header(&self) -> Option<bytes::Bytes> {
+        self.held.as_ref().map(|held| held.record.origin.key_header.clone())
+    }
+
+    /// Settles the claim durably. `shared_response` is for waiters with the same credentials, if nothing was executed.
+    ///
+    /// # Errors
+    /// The store's: the claim then stays; it becomes unknown, never free.
+    pub async fn settle(mut self, outcome: Outcome, shared_response: Option<R>) -> Result<(), StoreError> {
+        match self.held.take() {
+            Some(held) => held.settle(outcome, shared_response).await,
+            None => Ok(()),
+        }
+    }
+}
+
+impl<S: Store, R: Clone + Send + Sync + 'static> HeldClaim<S, R> {
+    async fn settle(self, outcome: Outcome, shared_response: Option<R>) -> Result<(), StoreError> {
+        let Self { shared, arrival, owner, version, record } = self;
+        let metrics = &shared.metrics;
+        match &outcome {
+            Outcome::Final(_) => metrics.settled_final.inc(),
+            Outcome::NotExecuted(_) => metrics.settled_not_executed.inc(),
+            Outcome::Unknown(_) => metrics.settled_unknown.inc(),
+        };
+        let started = Instant::now();
+        let stored = Some((version, Record::clone(&record)));
+        let event = Event::Settle { token: record.token, outcome };
+        let settled = shared.apply(arrival.id, &arrival.policy, stored, &event).await;
+        metrics.settle_seconds.observe(started.elapsed().as_secs_f64());
+        match settled {
+            Ok((Decision::Settled, Some((_, record)))) if matches!(record.state, State::Completed { .. }) => {
+                let record = Arc::new(record);
+                shared.hot.put(arrival.id, Arc::clone(&record), shared.clock.now());
+                owner.settle(Settlement::Recorded(record));
+            }
+            Ok((Decision::Settled, None)) => owner.settle(match shared_response {
+                Some(response) => Settlement::NotExecuted { response, credentials: arrival.credentials },
+                None => Settlement::Again,
+            }),
+            Ok(_) => owner.settle(Settlement::Again),
+            Err(error) => {
+                metrics.settle_failures.inc();
+                tracing::error!(record = %arrival.id, %error, "an outcome could not be recorded; the claim stays");
+                owner.settle(Settlement::Again);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<S: Store, R: Clone + Send + Sync + 'static> Drop for Claim<S, R> {
+    fn drop(&mut self) {
+        let Some(held) = self.held.take() else { return };
+        tracing::warn!(record = %held.arrival.id, "a claim was abandoned; its outcome is unknown");
+        // Without a runtime (the process is ending) the claim is found at the next start.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(held.settle(Outcome::Unknown(Why::Abandoned), None));
+        }
+    }
+}
+
+fn damaged(id: RecordId, detail: &str) -> Answer {
+    tracing::error!(record = %id, detail, "a record cannot be read; its outcome is unknown");
+    Answer::OutcomeUnknown
+}
+
+fn to_value(record: &Record) -> Value {
+    let tag: Tag = match record.state {
+        State::Claimed { .. } => tags::CLAIMED,
+        State::Completed { .. } => tags::COMPLETED,
+        State::Unknown { .. } => tags::UNKNOWN,
+    };
+    Value { tag, expires_at_ms: record.expires_at().map(|at| at.0), bytes: codec::encode(record) }
+}
+
+fn decode(id: RecordId, entry: Entry) -> Option<(Version, Record)> {
+    match codec::decode(&entry.value.bytes) {
+        Ok(record) => Some((entry.version, record)),
+        Err(error) => {
+            tracing::error!(record = %id, %error, "a record cannot be read; its outcome is unknown");
+            None
+        }
+    }
+}
+
+/// 128 bits from the operating system. Should it refuse them, the time stands in: a token must be unlike all others, not
+/// secret.
+fn new_token() -> ClaimToken {
+    let mut token = [0; 16];
+    if getrandom::fill(&mut token).is_err() {
+        static COUNTER: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+        let count = COUNTER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let wall = Clock::system(Millis(0)).now().0;
+        token = ((u128::from(wall) << 64) | u128::from(count)).to_be_bytes();
+    }
+    ClaimToken(token)
+}
+
+#[cfg(test)]
+mod tests;

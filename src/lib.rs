@@ -1,9 +1,58 @@
 //! oncegate: a reverse proxy that makes `POST` safe to retry.
+//!
+//! One idea: **what may happen to an idempotency key is decided by one pure function**, [`idempotency::step`], without IO,
+//! clock or randomness; everything else carries bytes to and from it. That is what lets "at most once" be checked
+//! exhaustively (`tests/model.rs`) instead of hoped for.
+//!
+//! # Life of a request
+//!
+//! ```text
+//! server      accept, time limits, HTTP/1.1                        server.rs, server/connection.rs
+//! gateway     check → route → no: pass through, streaming          gateway.rs, gateway/{headers,path,route,pass}.rs
+//!             key → scope → body (capped) → fingerprint            gateway/{key,scope,body}.rs, idempotency/fingerprint.rs
+//! ledger      hot cache? replay. In flight here? wait.             ledger.rs, ledger/{hot_cache,slots}.rs
+//!             claim in the store: durable before a byte is sent    store.rs, store/*
+//! gateway     forward in a task of its own, settle, reply          gateway/{forward,upstream,reply,problem}.rs
+//! ```
+//!
+//! # Code map
+//!
+//! - [`idempotency`]: records, the decision, the outcome table, fingerprints, the record's format. Pure.
+//! - [`store`]: opaque bytes under an id, changed by compare-and-swap. The embedded store is a log, which is the truth, and
+//!   an index that is rebuilt from it at will.
+//! - [`ledger`]: the shell of the core: step → compare-and-swap → act, once the write has landed. Slots for keys in flight,
+//!   waiters, the hot cache of completed records, the budget of buffered bytes.
+//! - [`gateway`]: the request pipeline; what the gateway itself answers; the way to the upstream.
+//! - [`server`]: listeners, connections, their limits, the drain.
+//! - [`admin`], [`telemetry`]: liveness, readiness, metrics, logs.
+//! - [`config`]: the configuration file, the environment and the flags, resolved into each module's own options.
+//! - [`run`]: wires it all together. [`clock`]: the one place that reads the system's clocks.
+//!
+//! Who may import whom is checked by `tests/tidy.rs`: `main`, `run` → everything; server → gateway → ledger →
+//! {idempotency, store}; admin → telemetry, server's addresses; idempotency → nothing of ours; store → nothing of ours.
+//!
+//! # Invariants
+//!
+//! 1. Only [`idempotency::step`] decides, recovery included.
+//! 2. Nothing reaches the upstream before its claim is durable.
+//! 3. A final response is durable before the caller sees it, unless the store fails at that moment: then the caller gets
+//!    it, and the claim stays.
+//! 4. A claimed forward lives in its own task; no client can cancel it.
+//! 5. Every claim settles: by its task, by a drop guard (as unknown), or at the next start (as unknown).
+//! 6. The hot cache holds only completed records, which never change; evicted never means unseen.
+//! 7. Every queue, body, wait and loop has a configured limit.
+//! 8. After a failed flush the store is failed for good: it acknowledges nothing more and never retries the flush.
+//! 9. Network input, configuration and stored bytes never cause a panic.
+//! 10. A pass-through allocates no body box and spawns no task per request; its only lock is the pool's, held for a pop.
 
 pub mod admin;
 pub mod clock;
+pub mod config;
+mod fault;
 pub mod gateway;
 pub mod idempotency;
 pub mod ledger;
+pub mod run;
 pub mod server;
 pub mod store;
+pub mod telemetry;

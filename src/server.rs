@@ -1,7 +1,21 @@
 //! Listeners, connections, limits and the drain.
 
-use std::path::PathBuf;
+mod connection;
+
+use crate::gateway::Gateway;
+use crate::telemetry::Metrics;
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
+use tokio::time::Instant;
+use tokio_util::either::Either;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 /// Where to listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,4 +52,221 @@ pub struct Limits {
     pub write_timeout: Duration,
     pub max_header_bytes: usize,
     pub max_connections: usize,
+}
+
+/// A socket that is being listened on.
+pub enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener, PathBuf),
+}
+
+/// An address could not be listened on.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address}: {error}; choose another address or stop what uses it")]
+pub struct BindError {
+    address: Address,
+    #[source]
+    error: io::Error,
+}
+
+impl Listener {
+    /// Binds an address.
+    ///
+    /// # Errors
+    /// Says which address and why.
+    pub async fn bind(address: &Address) -> Result<Self, BindError> {
+        let bound = match address {
+            Address::Tcp(name) => bind_tcp(name).await.map(Self::Tcp),
+            Address::Unix(path) => bind_unix(path).map(|listener| Self::Unix(listener, path.clone())),
+        };
+        bound.map_err(|error| BindError { address: address.clone(), error })
+    }
+
+    /// The address it has really got (a port of 0 has become a real one).
+    #[must_use]
+    pub fn address(&self) -> Address {
+        match self {
+            Self::Tcp(listener) => {
+                let address =
+                    listener.local_addr().map_or_else(|error| error.to_string(), |address| address.to_string());
+                Address::Tcp(address)
+            }
+            Self::Unix(_, path) => Address::Unix(path.clone()),
+        }
+    }
+
+    /// Accepts one connection; tells the peer's address where there is one.
+    ///
+    /// # Errors
+    /// The operating system's, such as too many open files.
+    pub(crate) async fn accept(&self) -> io::Result<(Stream, Option<IpAddr>)> {
+        match self {
+            Self::Tcp(listener) => {
+                let (stream, peer) = listener.accept().await?;
+                stream.set_nodelay(true)?;
+                Ok((Stream::Left(stream), Some(peer.ip())))
+            }
+            Self::Unix(listener, _) => listener.accept().await.map(|(stream, _)| (Stream::Right(stream), None)),
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Self::Unix(_, path) = self {
+            // Left over, it would only be in the way of the next start, which removes it itself.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// A client's connection.
+pub(crate) type Stream = Either<TcpStream, UnixStream>;
+
+const BACKLOG: u32 = 1024;
+
+async fn bind_tcp(name: &str) -> io::Result<TcpListener> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in tokio::net::lookup_host(name).await? {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
+        let bound = socket.and_then(|socket| {
+            socket.set_reuseaddr(true)?;
+            socket.bind(address)?;
+            socket.listen(BACKLOG)
+        });
+        match bound {
+            Ok(listener) => return Ok(listener),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// A socket file that nobody listens on any more is replaced.
+fn bind_unix(path: &Path) -> io::Result<UnixListener> {
+    use std::os::unix::fs::FileTypeExt;
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
+    if is_socket && std::os::unix::net::UnixStream::connect(path).is_err() {
+        std::fs::remove_file(path)?;
+    }
+    UnixListener::bind(path)
+}
+
+/// Serves client connections.
+pub struct Server {
+    gateway: Arc<Gateway>,
+    limits: Limits,
+    metrics: Metrics,
+    connections: TaskTracker,
+    open: Arc<AtomicUsize>,
+    /// Cancelled when the drain begins.
+    drain: CancellationToken,
+    /// Cancelled when the listeners close.
+    close: CancellationToken,
+}
+
+impl Server {
+    #[must_use]
+    pub fn new(gateway: Arc<Gateway>, limits: Limits, metrics: Metrics) -> Arc<Self> {
+        Arc::new(Self {
+            gateway,
+            limits,
+            metrics,
+            connections: TaskTracker::new(),
+            open: Arc::new(AtomicUsize::new(0)),
+            drain: CancellationToken::new(),
+            close: CancellationToken::new(),
+        })
+    }
+
+    /// Accepts connections until the listeners are to close.
+    pub async fn accept(self: Arc<Self>, listener: Listener) {
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = self.close.cancelled() => return,
+            };
+            match accepted {
+                Ok((stream, ip)) => self.take(stream, ip),
+                Err(error) => {
+                    // Out of file descriptors, most likely: others will close theirs.
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
+    }
+
+    fn take(&self, stream: Stream, ip: Option<IpAddr>) {
+        let max = self.limits.max_connections;
+        let one_more = |open: usize| (open < max).then_some(open + 1);
+        if self.open.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).is_err() {
+            self.metrics.connections_refused.inc();
+            tokio::spawn(refuse(stream));
+            return;
+        }
+        let place = Place::new(Arc::clone(&self.open), self.metrics.clone());
+        let (gateway, limits, drain) = (Arc::clone(&self.gateway), self.limits.clone(), self.drain.clone());
+        let peer = gateway.peer(ip);
+        self.connections.spawn(async move {
+            let _place = place;
+            connection::serve(stream, gateway, peer, limits, drain).await;
+        });
+    }
+
+    /// Stops: from now on responses end their connections; the listeners close after `delay`; what is in flight gets
+    /// `timeout` from then on. Then every claim that is still open is settled as unknown.
+    pub async fn drain(&self, delay: Duration, timeout: Duration) {
+        self.drain.cancel();
+        tokio::time::sleep(delay).await;
+        self.close.cancel();
+        self.connections.close();
+        let deadline = Instant::now() + timeout;
+        if tokio::time::timeout_at(deadline, self.connections.wait()).await.is_err() {
+            tracing::warn!(connections = self.connections.len(), "drain_timeout is over with connections still open");
+        }
+        let late = self.gateway.claims_settled();
+        if tokio::time::timeout_at(deadline, late).await.is_err() {
+            tracing::warn!(claims = self.gateway.open_claims(), "drain_timeout is over with claims still open");
+        }
+        self.gateway.settle_open_claims().await;
+        // Callers whose claims were just settled still get their answer.
+        let _ = tokio::time::timeout(Duration::from_millis(500), self.connections.wait()).await;
+    }
+}
+
+/// A connection's place among `max_connections`.
+struct Place(Arc<AtomicUsize>, Metrics);
+
+impl Place {
+    fn new(open: Arc<AtomicUsize>, metrics: Metrics) -> Self {
+        metrics.connections.inc();
+        Self(open, metrics)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+        self.1.connections.dec();
+    }
+}
+
+/// Tells a client that there are too many, without reading its request.
+async fn refuse(mut stream: Stream) {
+    let body = r#"{"type":"urn:oncegate:problem:overloaded","title":"Overloaded","status":503,"detail":"The gateway has as many connections as it may have; retry after Retry-After seconds.","code":"overloaded"}"#;
+    let answer = format!(
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nContent-Length: {}\r\n\
+         Retry-After: 1\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    let say = async {
+        stream.write_all(answer.as_bytes()).await?;
+        stream.shutdown().await?;
+        // Closing with unread bytes would reset the connection, and the answer with it.
+        let mut rest = [0; 4096];
+        while stream.read(&mut rest).await? > 0 {}
+        io::Result::Ok(())
+    };
+    let _ = tokio::time::timeout(Duration::from_secs(1), say).await;
 }

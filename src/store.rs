@@ -1,7 +1,12 @@
 //! Stores: opaque bytes under an id, changed by compare-and-swap. A store knows no record and decides nothing.
 
 pub mod embedded;
+mod files;
+mod index;
+pub mod log;
 pub mod memory;
+
+pub use embedded::OpenError;
 
 use bytes::Bytes;
 use std::future::Future;
@@ -35,6 +40,9 @@ impl Tag {
     /// Tags run from 0 to `COUNT - 1`.
     pub const COUNT: usize = 4;
 }
+
+/// The tag of which stores tell the oldest entry ([`Status::oldest_ms`]).
+pub const OLDEST_TRACKED: Tag = Tag(2);
 
 /// What is written under an id.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,7 +81,7 @@ pub enum Urgency {
 
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum StoreError {
-    /// Too little disk for new work. Nothing was written.
+    /// Too little disk for new work (for a settle: none at all). Nothing was written.
     #[error("the store takes no new claims: less than {min_free_bytes} bytes are free at {path}")]
     Full { path: String, min_free_bytes: u64 },
     /// The store has failed for good: a write or flush went wrong. A write under way may or may not have landed.
@@ -101,7 +109,7 @@ pub struct Status {
     pub created: bool,
     /// Entries by tag. Expired ones count until they are swept.
     pub entries: [u64; Tag::COUNT],
-    /// Time of the oldest write among the entries of each listed tag.
+    /// Time of the oldest write among the entries of a tag; told of [`OLDEST_TRACKED`] at least.
     pub oldest_ms: [Option<u64>; Tag::COUNT],
     pub queue_len: u64,
     pub batches: u64,
@@ -123,7 +131,7 @@ pub trait Store: Send + Sync + 'static {
     /// The operation goes on if the future is dropped.
     ///
     /// # Errors
-    /// [`StoreError::Full`] for [`Urgency::Claim`] alone; [`StoreError::Failed`]; [`StoreError::Damaged`] if the conflicting entry cannot be read.
+    /// [`StoreError::Full`], for [`Urgency::Settle`] only when no byte can be had; [`StoreError::Failed`]; [`StoreError::Damaged`] if the conflicting entry cannot be read.
     fn compare_and_swap(
         &self,
         id: RecordId,
@@ -169,4 +177,77 @@ pub trait Store: Send + Sync + 'static {
 pub enum Options {
     Memory,
     Embedded(embedded::Options),
+}
+
+/// The store that the options ask for.
+pub enum AnyStore {
+    Memory(memory::Memory),
+    Embedded(embedded::Embedded),
+}
+
+impl AnyStore {
+    /// Opens it. Blocks.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn open(options: &Options) -> Result<Self, OpenError> {
+        Ok(match options {
+            Options::Memory => Self::Memory(memory::Memory::new()),
+            Options::Embedded(options) => Self::Embedded(embedded::Embedded::open(options)?),
+        })
+    }
+}
+
+macro_rules! delegate {
+    ($self:ident, $store:ident => $call:expr) => {
+        match $self {
+            Self::Memory($store) => $call,
+            Self::Embedded($store) => $call,
+        }
+    };
+}
+
+impl Store for AnyStore {
+    async fn get(&self, id: RecordId) -> Result<Option<Entry>, StoreError> {
+        delegate!(self, store => store.get(id).await)
+    }
+
+    async fn compare_and_swap(
+        &self,
+        id: RecordId,
+        expected: Option<Version>,
+        new: Option<Value>,
+        now_ms: u64,
+        urgency: Urgency,
+    ) -> Result<Swap, StoreError> {
+        delegate!(self, store => store.compare_and_swap(id, expected, new, now_ms, urgency).await)
+    }
+
+    async fn sweep(&self, now_ms: u64) -> Result<Duration, StoreError> {
+        delegate!(self, store => store.sweep(now_ms).await)
+    }
+
+    fn unexpiring(&self) -> Result<Vec<(RecordId, Entry)>, StoreError> {
+        delegate!(self, store => store.unexpiring())
+    }
+
+    fn newest_ms(&self) -> u64 {
+        delegate!(self, store => store.newest_ms())
+    }
+
+    fn setting(&self, name: &str) -> Option<Bytes> {
+        delegate!(self, store => store.setting(name))
+    }
+
+    fn set_setting(&self, name: &str, value: &[u8]) -> Result<(), StoreError> {
+        delegate!(self, store => store.set_setting(name, value))
+    }
+
+    fn status(&self) -> Status {
+        delegate!(self, store => store.status())
+    }
+
+    fn close(&self) {
+        delegate!(self, store => store.close());
+    }
 }

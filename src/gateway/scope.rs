@@ -1,6 +1,13 @@
 //! The tenant scope: to whom a key belongs.
 
-use http::HeaderName;
+use super::headers::connection_names;
+use super::path::{NormalPath, Params};
+use super::problem::{Code, Problem};
+use super::{Peer, RouteOptions};
+use crate::ledger::Credentials;
+use crate::store::RecordId;
+use http::header::{AUTHORIZATION, COOKIE, HOST};
+use http::{HeaderMap, HeaderName};
 
 /// One part of a scope.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,4 +19,329 @@ pub enum Part {
     Path,
     /// A parameter of the route's pattern.
     PathParam(String),
+}
+
+impl std::fmt::Display for Part {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Authorization => f.write_str("authorization"),
+            Self::Cookie(name) => write!(f, "cookie:{name}"),
+            Self::Header(name) => write!(f, "header:{name}"),
+            Self::Host => f.write_str("host"),
+            Self::Path => f.write_str("path"),
+            Self::PathParam(name) => write!(f, "path:{name}"),
+        }
+    }
+}
+
+/// The secret with which ids are made. The store keeps it; without it nobody can tell which id belongs to which key.
+#[derive(Clone)]
+pub struct Secret(pub [u8; 32]);
+
+/// Somebody's own space of keys: all scope parts, joined unambiguously, on their way into the hash.
+pub struct Tenant(blake3::Hasher);
+
+impl Tenant {
+    /// The id of the record that belongs to a key of this tenant.
+    #[must_use]
+    pub fn record_id(&self, key: &[u8]) -> RecordId {
+        let mut hasher = self.0.clone();
+        feed(&mut hasher, b"key", Some(key));
+        let mut id = [0; 16];
+        hasher.finalize_xof().fill(&mut id);
+        RecordId(id)
+    }
+
+    /// A key made of scope and payload: 64 hex digits.
+    #[must_use]
+    pub fn derive_key(&self, payload_digest: &[u8; 32]) -> String {
+        let mut hasher = self.0.clone();
+        feed(&mut hasher, b"derived", Some(payload_digest));
+        hasher.finalize().to_hex().to_string()
+    }
+}
+
+/// Feeds one part so that no two lists of parts look the same: kind and value with their lengths, absence apart from
+/// emptiness.
+fn feed(hasher: &mut blake3::Hasher, kind: &[u8], value: Option<&[u8]>) {
+    hasher.update(&(kind.len() as u64).to_le_bytes());
+    hasher.update(kind);
+    match value {
+        None => hasher.update(&[0]),
+        Some(value) => {
+            hasher.update(&[1]);
+            hasher.update(&(value.len() as u64).to_le_bytes());
+            hasher.update(value)
+        }
+    };
+}
+
+/// A request, as far as its tenant is concerned.
+pub struct Request<'a> {
+    pub headers: &'a HeaderMap,
+    pub path: &'a NormalPath,
+    pub params: &'a Params,
+    pub peer: &'a Peer,
+}
+
+/// Tells whose key it is.
+///
+/// # Errors
+/// [`Code::ScopeMissing`] if that cannot be told safely.
+pub fn tenant(secret: &Secret, route: &RouteOptions, request: &Request<'_>) -> Result<(Tenant, Credentials), Problem> {
+    check_trusted(route, request)?;
+    let mut hasher = blake3::Hasher::new_keyed(&secret.0);
+    let (mut bound, mut present) = (false, false);
+    for part in &route.scope {
+        let kind = part.to_string();
+        match part {
+            Part::Authorization | Part::Cookie(_) | Part::Header(_) => {
+                let value = credential(part, request.headers)?;
+                if is_credential(part, route) {
+                    bound = true;
+                    present |= value.is_some();
+                }
+                feed(&mut hasher, kind.as_bytes(), value);
+            }
+            Part::Host => {
+                let host = request.headers.get(HOST).map(|host| host.as_bytes().to_ascii_lowercase());
+                feed(&mut hasher, kind.as_bytes(), host.as_deref());
+            }
+            Part::Path => {
+                let segments = &request.path.segments;
+                feed(&mut hasher, kind.as_bytes(), Some(&(segments.len() as u64).to_le_bytes()));
+                segments.iter().for_each(|segment| feed(&mut hasher, b"segment", Some(segment)));
+            }
+            Part::PathParam(name) => {
+                let value = request.params.iter().find(|(param, _)| param == name);
+                feed(&mut hasher, kind.as_bytes(), value.map(|(_, value)| value.as_slice()));
+            }
+        }
+    }
+    if bound && !present {
+        check_anonymous(route, request.headers)?;
+    }
+    Ok((Tenant(hasher), credentials(secret, route, request.headers)))
+}
+
+/// Whether a part is bound to something that only its owner can send.
+#[must_use]
+pub fn is_credential(part: &Part, route: &RouteOptions) -> bool {
+    match part {
+        Part::Authorization | Part::Cookie(_) => true,
+        Part::Header(name) => route.credential_headers.contains(name) || route.trusted_headers.contains(name),
+        Part::Host | Part::Path | Part::PathParam(_) => false,
+    }
+}
+
+/// The value of a part that stands in a header; an empty one counts as absent.
+fn credential<'a>(part: &Part, headers: &'a HeaderMap) -> Result<Option<&'a [u8]>, Problem> {
+    let name = match part {
+        Part::Cookie(_) => &COOKIE,
+        Part::Header(name) => name,
+        _ => &AUTHORIZATION,
+    };
+    let mut lines = headers.get_all(name).iter();
+    let value = lines.next().map(|value| value.as_bytes().trim_ascii());
+    if lines.next().is_some() {
+        return Err(missing(format!("{name} stands on two lines; send one, it tells whose key this is.")));
+    }
+    if connection_names(headers, name) {
+        return Err(missing(format!("{name} must not be named in Connection, it tells whose key this is.")));
+    }
+    let value = value.filter(|value| !value.is_empty());
+    match part {
+        Part::Cookie(wanted) => cookie(value.unwrap_or_default(), wanted.as_bytes()),
+        Part::Authorization => value.map_or(Ok(None), |value| check_scheme(value).map(|()| Some(value))),
+        _ => Ok(value),
+    }
+}
+
+/// RFC 6265 §4.2.1. A cookie that is sent twice belongs to two paths or domains: which one counts is not ours to guess.
+fn cookie<'a>(line: &'a [u8], wanted: &[u8]) -> Result<Option<&'a [u8]>, Problem> {
+    let mut found = None;
+    for pair in line.split(|&byte| byte == b';').map(<[u8]>::trim_ascii) {
+        let mut halves = pair.splitn(2, |&byte| byte == b'=');
+        if halves.next().map(<[u8]>::trim_ascii) == Some(wanted) {
+            let value = halves.next().unwrap_or_default().trim_ascii();
+            if found.replace(value).is_some() {
+                let name = String::from_utf8_lossy(wanted);
+                return Err(missing(format!("The cookie {name} is sent twice; send one, it tells whose key this is.")));
+            }
+        }
+    }
+    Ok(found.filter(|value| !value.is_empty()))
+}
+
+/// Schemes whose value differs with every request: a retry would never find its record.
+fn check_scheme(authorization: &[u8]) -> Result<(), Problem> {
+    const VARYING: [&[u8]; 5] = [b"AWS4-HMAC-SHA256", b"Digest", b"DPoP", b"OAuth", b"Hawk"];
+    let scheme = authorization.split(|byte| byte.is_ascii_whitespace() || *byte == b',').next().unwrap_or_default();
+    if !VARYING.iter().any(|varying| scheme.eq_ignore_ascii_case(varying)) {
+        return Ok(());
+    }
+    let scheme = String::from_utf8_lossy(scheme);
+    Err(missing(format!(
+        "The Authorization scheme {scheme} differs with every request, so no retry would find its record; \
+         the gateway's scope needs another part for it, such as a header that names the caller."
+    )))
+}
+
+/// Headers that a proxy in front sets count from that proxy alone.
+fn check_trusted(route: &RouteOptions, request: &Request<'_>) -> Result<(), Problem> {
+    if request.peer.trusted {
+        return Ok(());
+    }
+    match route.trusted_headers.iter().find(|name| request.headers.contains_key(*name)) {
+        None => Ok(()),
+        Some(name) => Err(missing(format!("{name} is accepted from trusted proxies only; do not send it."))),
+    }
+}
+
+/// Without any credential of the scope all requests share one anonymous tenant; one that bears another credential must
+/// not fall in with strangers.
+fn check_anonymous(route: &RouteOptions, headers: &HeaderMap) -> Result<(), Problem> {
+    let others = std::iter::once(&AUTHORIZATION).chain(&route.credential_headers);
+    let Some(other) = others.into_iter().find(|name| headers.contains_key(*name)) else { return Ok(()) };
+    let parts = route.scope.iter().filter(|part| is_credential(part, route));
+    let parts = parts.map(ToString::to_string).collect::<Vec<_>>().join(" or ");
+    Err(missing(format!(
+        "The request bears {other}, but keys here belong to whoever is named by {parts}; send that, \
+         or have the operator add {other} to the scope."
+    )))
+}
+
+fn missing(detail: String) -> Problem {
+    Problem::new(Code::ScopeMissing, detail)
+}
+
+/// A digest of everything that may tell the caller apart.
+fn credentials(secret: &Secret, route: &RouteOptions, headers: &HeaderMap) -> Credentials {
+    let mut hasher = blake3::Hasher::new_keyed(&secret.0);
+    let names = [&AUTHORIZATION, &COOKIE].into_iter().chain(&route.credential_headers).chain(&route.trusted_headers);
+    for name in names {
+        for value in headers.get_all(name) {
+            feed(&mut hasher, name.as_str().as_bytes(), Some(value.as_bytes()));
+        }
+    }
+    Credentials(*hasher.finalize().as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_support::route_options;
+    use super::*;
+    use http::HeaderValue;
+
+    const SECRET: Secret = Secret([9; 32]);
+
+    struct Asked {
+        headers: HeaderMap,
+        path: &'static str,
+        trusted: bool,
+    }
+
+    fn asked(fields: &[(&str, &str)]) -> Asked {
+        let mut headers = HeaderMap::new();
+        for (name, value) in fields {
+            headers.append(HeaderName::try_from(*name).unwrap(), HeaderValue::try_from(*value).unwrap());
+        }
+        Asked { headers, path: "/posts", trusted: false }
+    }
+
+    fn tell(route: &RouteOptions, asked: &Asked) -> Result<(RecordId, Credentials), Problem> {
+        let path = NormalPath::new(asked.path.as_bytes());
+        let params = super::super::path::matches(&route.pattern, true, &path).unwrap_or_default();
+        let peer = Peer { ip: None, trusted: asked.trusted };
+        let request = Request { headers: &asked.headers, path: &path, params: &params, peer: &peer };
+        tenant(&SECRET, route, &request).map(|(tenant, credentials)| (tenant.record_id(b"key"), credentials))
+    }
+
+    fn id(route: &RouteOptions, asked: &Asked) -> RecordId {
+        tell(route, asked).unwrap().0
+    }
+
+    fn refused(route: &RouteOptions, asked: &Asked) -> bool {
+        matches!(tell(route, asked), Err(problem) if problem.code == Code::ScopeMissing)
+    }
+
+    #[test]
+    fn tenants_are_told_apart_by_every_part() {
+        let route = route_options(&[Part::Authorization, Part::Path]);
+        let alice = asked(&[("authorization", "Bearer alice")]);
+        let bob = asked(&[("authorization", "Bearer bob")]);
+        assert_eq!(id(&route, &alice), id(&route, &alice));
+        assert_ne!(id(&route, &alice), id(&route, &bob));
+        let elsewhere = Asked { path: "/other", ..asked(&[("authorization", "Bearer alice")]) };
+        assert_ne!(id(&route, &alice), id(&route, &elsewhere));
+        assert_ne!(id(&route, &alice), id(&route, &asked(&[])));
+        assert_eq!(id(&route, &asked(&[])), id(&route, &asked(&[("authorization", " ")])), "empty is absent");
+    }
+
+    #[test]
+    fn parts_are_joined_unambiguously() {
+        let mut route = route_options(&[]);
+        route.credential_headers = ["a", "b"].map(HeaderName::from_static).to_vec();
+        route.scope = ["a", "b"].map(|name| Part::Header(HeaderName::from_static(name))).to_vec();
+        let one = id(&route, &asked(&[("a", "xy"), ("b", "z")]));
+        assert_ne!(one, id(&route, &asked(&[("a", "x"), ("b", "yz")])));
+        assert_ne!(one, id(&route, &asked(&[("a", "xyz")])));
+        assert_ne!(id(&route, &asked(&[("a", "x")])), id(&route, &asked(&[("b", "x")])));
+        let by_path = route_options(&[Part::Authorization, Part::Path]);
+        let slash = Asked { path: "/a%2Fb", ..asked(&[]) };
+        assert_ne!(id(&by_path, &slash), id(&by_path, &Asked { path: "/a/b", ..asked(&[]) }));
+        let escaped = Asked { path: "/%61%2fb/", ..asked(&[]) };
+        assert_eq!(id(&by_path, &slash), id(&by_path, &escaped), "compared fully decoded");
+    }
+
+    #[test]
+    fn an_anonymous_request_with_another_credential_is_refused() {
+        let route = route_options(&[Part::Cookie("sid".to_owned()), Part::Path]);
+        assert!(tell(&route, &asked(&[])).is_ok());
+        assert!(tell(&route, &asked(&[("cookie", "a=1; sid=x"), ("x-api-key", "k")])).is_ok());
+        for field in [("x-api-key", "k"), ("cookie", "other=1"), ("authorization", "Bearer x")] {
+            assert!(refused(&route, &asked(&[field])), "{field:?}");
+        }
+    }
+
+    #[test]
+    fn a_scope_header_on_two_lines_or_named_in_connection_is_refused() {
+        let route = route_options(&[Part::Authorization]);
+        assert!(refused(&route, &asked(&[("authorization", "Bearer a"), ("authorization", "Bearer a")])));
+        assert!(refused(&route, &asked(&[("authorization", "Bearer a"), ("connection", "Authorization")])));
+        let cookie = route_options(&[Part::Cookie("sid".to_owned())]);
+        assert!(refused(&cookie, &asked(&[("cookie", "sid=a; sid=b")])));
+    }
+
+    #[test]
+    fn schemes_that_differ_with_every_request_are_refused() {
+        let route = route_options(&[Part::Authorization]);
+        for value in ["AWS4-HMAC-SHA256 Credential=x", "digest username=\"a\"", "DPoP x", "OAuth a=b", "Hawk id=1"] {
+            assert!(refused(&route, &asked(&[("authorization", value)])), "{value}");
+        }
+        for value in ["Bearer DPoP", "Basic YTpi", "Digestive x"] {
+            assert!(tell(&route, &asked(&[("authorization", value)])).is_ok(), "{value}");
+        }
+    }
+
+    #[test]
+    fn trusted_headers_count_from_trusted_peers_only() {
+        let user = HeaderName::from_static("x-user");
+        let mut route = route_options(&[Part::Header(user.clone())]);
+        route.trusted_headers = vec![user];
+        let fields = [("x-user", "alice")];
+        assert!(refused(&route, &asked(&fields)));
+        assert!(tell(&route, &Asked { trusted: true, ..asked(&fields) }).is_ok());
+        assert!(refused(&route, &Asked { trusted: true, ..asked(&[("x-api-key", "k")]) }));
+    }
+
+    #[test]
+    fn credentials_differ_with_any_of_them() {
+        let route = route_options(&[Part::Authorization]);
+        let base = [("authorization", "Bearer a"), ("x-api-key", "k")];
+        let credentials = |fields: &[(&str, &str)]| tell(&route, &asked(fields)).unwrap().1;
+        assert_eq!(credentials(&base), credentials(&base));
+        assert_ne!(credentials(&base), credentials(&[("authorization", "Bearer a"), ("x-api-key", "l")]));
+        assert_ne!(credentials(&base), credentials(&base[..1]));
+    }
 }

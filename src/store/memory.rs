@@ -1,1 +1,169 @@
 //! A store in memory: nothing survives the process. For tests, and for those who accept that.
+
+use super::{Entry, Health, RecordId, Status, Store, StoreError, Swap, Tag, Urgency, Value, Version};
+use bytes::Bytes;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Entries that one call of `sweep` drops at most.
+const SWEEP_MAX: usize = 2048;
+
+#[derive(Debug, Default)]
+pub struct Memory {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    entries: HashMap<RecordId, Held>,
+    /// What expires, by time.
+    expiry: BTreeSet<(u64, RecordId)>,
+    /// What never expires.
+    unexpiring: BTreeSet<RecordId>,
+    /// Per tag: version → time of the write.
+    by_tag: [BTreeMap<u64, u64>; Tag::COUNT],
+    settings: BTreeMap<String, Bytes>,
+    last_version: u64,
+    newest_ms: u64,
+    writes: u64,
+    bytes_written: u64,
+    swept: u64,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Held {
+    entry: Entry,
+    time_ms: u64,
+}
+
+impl State {
+    fn insert(&mut self, id: RecordId, held: Held) {
+        match held.entry.value.expires_at_ms {
+            Some(at) => drop(self.expiry.insert((at, id))),
+            None => drop(self.unexpiring.insert(id)),
+        }
+        if let Some(tag) = self.by_tag.get_mut(usize::from(held.entry.value.tag.0)) {
+            tag.insert(held.entry.version.0, held.time_ms);
+        }
+        self.entries.insert(id, held);
+    }
+
+    fn remove(&mut self, id: RecordId) {
+        let Some(held) = self.entries.remove(&id) else { return };
+        match held.entry.value.expires_at_ms {
+            Some(at) => drop(self.expiry.remove(&(at, id))),
+            None => drop(self.unexpiring.remove(&id)),
+        }
+        if let Some(tag) = self.by_tag.get_mut(usize::from(held.entry.value.tag.0)) {
+            tag.remove(&held.entry.version.0);
+        }
+    }
+
+    fn open(&self) -> Result<(), StoreError> {
+        if self.closed { Err(StoreError::Failed { reason: "the store was closed".to_owned() }) } else { Ok(()) }
+    }
+}
+
+impl Memory {
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Store for Memory {
+    async fn get(&self, id: RecordId) -> Result<Option<Entry>, StoreError> {
+        let state = self.state();
+        state.open()?;
+        Ok(state.entries.get(&id).map(|held| held.entry.clone()))
+    }
+
+    async fn compare_and_swap(
+        &self,
+        id: RecordId,
+        expected: Option<Version>,
+        new: Option<Value>,
+        now_ms: u64,
+        _urgency: Urgency,
+    ) -> Result<Swap, StoreError> {
+        let mut state = self.state();
+        state.open()?;
+        if new.as_ref().is_some_and(|new| usize::from(new.tag.0) >= Tag::COUNT) {
+            return Err(StoreError::Failed { reason: "a bad tag".to_owned() });
+        }
+        let current = state.entries.get(&id).map(|held| &held.entry);
+        if current.map(|entry| entry.version) != expected {
+            return Ok(Swap::Conflict(current.cloned()));
+        }
+        state.last_version += 1;
+        state.newest_ms = state.newest_ms.max(now_ms);
+        state.writes += 1;
+        let version = Version(state.last_version);
+        state.remove(id);
+        if let Some(value) = new {
+            state.bytes_written += value.bytes.len() as u64;
+            state.insert(id, Held { entry: Entry { version, value }, time_ms: now_ms });
+        }
+        Ok(Swap::Done(version))
+    }
+
+    async fn sweep(&self, now_ms: u64) -> Result<Duration, StoreError> {
+        let mut state = self.state();
+        state.open()?;
+        for _ in 0..SWEEP_MAX {
+            let Some((_, id)) = state.expiry.first().copied().filter(|(at, _)| *at <= now_ms) else {
+                return Ok(Duration::from_secs(1));
+            };
+            state.remove(id);
+            state.swept += 1;
+        }
+        Ok(Duration::from_millis(1))
+    }
+
+    fn unexpiring(&self) -> Result<Vec<(RecordId, Entry)>, StoreError> {
+        let state = self.state();
+        state.open()?;
+        Ok(state.unexpiring.iter().filter_map(|id| Some((*id, state.entries.get(id)?.entry.clone()))).collect())
+    }
+
+    fn newest_ms(&self) -> u64 {
+        self.state().newest_ms
+    }
+
+    fn setting(&self, name: &str) -> Option<Bytes> {
+        self.state().settings.get(name).cloned()
+    }
+
+    fn set_setting(&self, name: &str, value: &[u8]) -> Result<(), StoreError> {
+        let mut state = self.state();
+        state.open()?;
+        state.settings.insert(name.to_owned(), Bytes::copy_from_slice(value));
+        Ok(())
+    }
+
+    fn status(&self) -> Status {
+        let state = self.state();
+        Status {
+            health: if state.closed { Health::Failed } else { Health::Ok },
+            created: true,
+            entries: state.by_tag.each_ref().map(|tag| tag.len() as u64),
+            oldest_ms: state.by_tag.each_ref().map(|tag| tag.first_key_value().map(|(_, time_ms)| *time_ms)),
+            queue_len: 0,
+            batches: state.writes,
+            batched_writes: state.writes,
+            bytes_written: state.bytes_written,
+            swept: state.swept,
+            disk_bytes: 0,
+        }
+    }
+
+    fn close(&self) {
+        self.state().closed = true;
+    }
+}

@@ -1,0 +1,317 @@
+//! `[[routes]]` and `[idempotency]`: any key of the latter may stand in the former, and beats it there.
+
+use super::reader::{At, Errors, Node, Section, Value, boolean, choice, count, duration, list, size, string};
+use crate::gateway::route::Pattern;
+use crate::gateway::scope::{Part, is_credential};
+use crate::gateway::{MissingKey, OnStoreError, ReplayAuth, RouteOptions};
+use crate::idempotency::outcome::OutcomeLists;
+use crate::idempotency::{Concurrent, FingerprintMode, FingerprintSettings, OutcomeTable, Policy, UnknownOutcome};
+use http::HeaderName;
+use std::time::Duration;
+
+const DEFAULT_ROUTES: [&str; 2] = ["/posts", "/v1/workspaces/{workspace}/posts"];
+const DEFAULT_CREDENTIAL_HEADERS: [&str; 4] = ["cookie", "x-api-key", "api-key", "x-auth-token"];
+const TICK: Duration = Duration::from_millis(1);
+
+/// Values that were written, each with its place.
+#[derive(Clone, Default)]
+struct Written {
+    header: Option<(HeaderName, At)>,
+    missing_key: Option<(MissingKey, At)>,
+    scope: Option<(Vec<Part>, At)>,
+    fingerprint: Option<(FingerprintMode, At)>,
+    concurrent: Option<(Concurrent, At)>,
+    wait_timeout: Option<(Duration, At)>,
+    retention: Option<(Duration, At)>,
+    unknown_retention: Option<(Duration, At)>,
+    unknown_outcome: Option<(UnknownOutcome, At)>,
+    on_store_error: Option<(OnStoreError, At)>,
+    max_recorded_body: Option<(u64, At)>,
+    max_waiters_per_key: Option<(usize, At)>,
+    drop_headers: Option<(Vec<HeaderName>, At)>,
+    fingerprint_ignore: Option<(Vec<String>, At)>,
+    fingerprint_headers: Option<(Vec<HeaderName>, At)>,
+    credential_headers: Option<(Vec<HeaderName>, At)>,
+    trusted_headers: Option<(Vec<HeaderName>, At)>,
+    replay_auth: Option<(ReplayAuth, At)>,
+    outcomes: OutcomeLists,
+    outcomes_at: Option<At>,
+}
+
+/// Reads `[idempotency]`'s keys from wherever they stand.
+fn written(section: &mut Section<'_>) -> Written {
+    let mut written = Written::default();
+    macro_rules! key {
+        ($name:ident, $parse:expr) => {
+            let at = section.at(stringify!($name));
+            written.$name = section.read(stringify!($name), $parse).map(|value| (value, at));
+        };
+    }
+    section.read("mode", |value| match choice(&[("enforce", true), ("observe", false)])(value)? {
+        true => Ok(()),
+        false => Err("\"observe\" is not built yet in this version; use \"enforce\"".to_owned()),
+    });
+    key!(header, header_name);
+    let missing = [("pass", MissingKey::Pass), ("reject", MissingKey::Reject), ("derive", MissingKey::Derive)];
+    key!(missing_key, choice(&missing));
+    key!(scope, scope);
+    let modes = [("json", FingerprintMode::Json), ("raw", FingerprintMode::Raw), ("none", FingerprintMode::None)];
+    key!(fingerprint, choice(&modes));
+    key!(concurrent, choice(&[("wait", Concurrent::Wait), ("conflict", Concurrent::Conflict)]));
+    // Zero: do not wait.
+    key!(wait_timeout, duration(Duration::ZERO));
+    key!(retention, duration(TICK));
+    key!(unknown_retention, duration(TICK));
+    key!(unknown_outcome, unknown_outcome);
+    key!(on_store_error, choice(&[("reject", OnStoreError::Reject), ("pass", OnStoreError::Pass)]));
+    key!(max_recorded_body, size(0));
+    key!(max_waiters_per_key, count(0));
+    key!(drop_headers, list(header_name));
+    key!(fingerprint_ignore, list(string));
+    key!(fingerprint_headers, list(header_name));
+    key!(credential_headers, list(header_name));
+    key!(trusted_headers, list(header_name));
+    key!(replay_auth, replay_auth);
+    section.not_built("lookup");
+    section.not_built("probe");
+    let name = section.key("outcomes");
+    if let Some(node) = section.take("outcomes") {
+        written.outcomes_at = Some(node.at.clone());
+        let mut lists = Section::new(&name, Some(node), section.errors);
+        written.outcomes.final_ = lists.read("final", list(string));
+        written.outcomes.not_executed = lists.read("not_executed", list(string));
+        written.outcomes.unknown = lists.read("unknown", list(string));
+        lists.finish();
+    }
+    written
+}
+
+fn unknown_outcome(value: &Value) -> Result<UnknownOutcome, String> {
+    let words = [("hold", Some(UnknownOutcome::Hold)), ("forward", Some(UnknownOutcome::Forward)), ("lookup", None)];
+    let not_built = || "\"lookup\" is not built yet in this version; use \"hold\" or \"forward\"".to_owned();
+    choice(&words)(value)?.ok_or_else(not_built)
+}
+
+fn replay_auth(value: &Value) -> Result<ReplayAuth, String> {
+    let words = [("scope", Some(ReplayAuth::Scope)), ("none", Some(ReplayAuth::None)), ("probe", None)];
+    let not_built = || "\"probe\" is not built yet in this version; use \"scope\"".to_owned();
+    choice(&words)(value)?.ok_or_else(not_built)
+}
+
+fn header_name(value: &Value) -> Result<HeaderName, String> {
+    let text = string(value)?;
+    HeaderName::try_from(text.as_str()).map_err(|_| format!("{text:?} is no header name"))
+}
+
+fn scope(value: &Value) -> Result<Vec<Part>, String> {
+    let parts = list(part)(value)?;
+    if parts.is_empty() {
+        return Err("needs at least one part, such as \"authorization\"".to_owned());
+    }
+    for (n, part) in parts.iter().enumerate() {
+        if parts.iter().take(n).any(|earlier| earlier == part) {
+            return Err(format!("names {part} twice"));
+        }
+    }
+    Ok(parts)
+}
+
+fn part(value: &Value) -> Result<Part, String> {
+    let text = string(value)?;
+    let part = match text.split_once(':') {
+        None => match text.as_str() {
+            "authorization" => Some(Part::Authorization),
+            "host" => Some(Part::Host),
+            "path" => Some(Part::Path),
+            "client-cert" => return Err("\"client-cert\" needs TLS, which is not built yet in this version".to_owned()),
+            _ => None,
+        },
+        Some((_, "")) => None,
+        Some(("cookie", name)) => Some(Part::Cookie(name.to_owned())),
+        Some(("path", name)) => Some(Part::PathParam(name.to_owned())),
+        Some(("jwt", _)) => return Err("\"jwt:\" is not built yet in this version".to_owned()),
+        // The same header, whichever way it is written.
+        Some(("header", name)) => match HeaderName::try_from(name) {
+            Ok(name) if name == http::header::AUTHORIZATION => Some(Part::Authorization),
+            Ok(name) => Some(Part::Header(name)),
+            Err(_) => None,
+        },
+        Some(_) => None,
+    };
+    part.ok_or_else(|| {
+        format!("{text:?} is no part of a scope; there are authorization, cookie:NAME, header:NAME, host, path and path:NAME")
+    })
+}
+
+/// All routes, in order.
+pub(super) fn resolve(
+    routes: Option<Node>,
+    idempotency: Option<Node>,
+    no_trusted_proxies: bool,
+    errors: &mut Errors,
+) -> Vec<RouteOptions> {
+    let mut section = Section::new("idempotency", idempotency, errors);
+    let general = written(&mut section);
+    section.finish();
+    let nodes = match routes {
+        None => DEFAULT_ROUTES.into_iter().map(default_route).collect(),
+        Some(Node { value: Value::Array(nodes), .. }) => nodes,
+        Some(Node { at, .. }) => {
+            errors.add(&at, "routes", "must be a list of tables: [[routes]]");
+            Vec::new()
+        }
+    };
+    let mut resolved: Vec<RouteOptions> = Vec::new();
+    for (n, node) in nodes.into_iter().enumerate() {
+        let at = node.at.clone();
+        let name = format!("routes[{n}]");
+        let Some(route) = route(&name, node, &general, no_trusted_proxies, errors) else { continue };
+        let same = |other: &&RouteOptions| same_paths(other, &route);
+        if let Some(other) = resolved.iter().find(same) {
+            let message = format!("{} matches the same paths as {}", route.pattern.as_str(), other.pattern.as_str());
+            errors.add(&at, &format!("{name}.path"), &message);
+        }
+        resolved.push(route);
+    }
+    resolved
+}
+
+fn default_route(path: &str) -> Node {
+    let mut node = Node::empty_table();
+    if let Value::Table(table) = &mut node.value {
+        table.insert("path".to_owned(), Node::string(path, At::Nowhere));
+    }
+    node
+}
+
+/// Whether two routes match the very same paths: parameter names do not count, nor does case if either ignores it.
+fn same_paths(one: &RouteOptions, other: &RouteOptions) -> bool {
+    let fold = !(one.case_sensitive && other.case_sensitive);
+    one.pattern.shape(fold) == other.pattern.shape(fold)
+}
+
+fn route(
+    name: &str,
+    node: Node,
+    general: &Written,
+    no_trusted_proxies: bool,
+    errors: &mut Errors,
+) -> Option<RouteOptions> {
+    let at = node.at.clone();
+    let mut section = Section::new(name, Some(node), errors);
+    let has_path = section.at("path") != At::Nowhere || at == At::Nowhere;
+    let pattern = section.read("path", |value| Pattern::parse(&string(value)?));
+    if pattern.is_none() && !has_path {
+        section.add(&at, "path", "is missing; write one such as \"/posts\"");
+    }
+    let case_sensitive = section.read("case_sensitive", boolean).unwrap_or(true);
+    let own = written(&mut section);
+    section.finish();
+    // The other keys are checked all the same.
+    let broken = pattern.is_none();
+    let pattern = pattern.or_else(|| Pattern::parse("/broken").ok())?;
+    let merged = Merged { own: &own, general, at: &at };
+
+    let outcomes_at = own.outcomes_at.as_ref().or(general.outcomes_at.as_ref()).unwrap_or(&at).clone();
+    let outcomes = OutcomeTable::new(&general.outcomes, &own.outcomes).unwrap_or_else(|messages| {
+        messages.iter().for_each(|message| errors.add(&outcomes_at, &format!("{name}.outcomes"), message));
+        OutcomeTable::default()
+    });
+    let names = |names: &[&'static str]| names.iter().map(|name| HeaderName::from_static(name)).collect::<Vec<_>>();
+    let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    let fingerprint_headers = merged.get(|w| &w.fingerprint_headers).unwrap_or_default();
+    let options = RouteOptions {
+        pattern,
+        case_sensitive,
+        header: merged.get(|w| &w.header).unwrap_or(HeaderName::from_static("idempotency-key")),
+        missing_key: merged.get(|w| &w.missing_key).unwrap_or(MissingKey::Pass),
+        scope: merged.get(|w| &w.scope).unwrap_or_else(|| vec![Part::Authorization, Part::Path]),
+        fingerprint: FingerprintSettings {
+            mode: merged.get(|w| &w.fingerprint).unwrap_or(FingerprintMode::Json),
+            ignore: merged.get(|w| &w.fingerprint_ignore).unwrap_or_default(),
+            headers: fingerprint_headers.iter().map(|name| name.as_str().to_owned()).collect(),
+        },
+        policy: Policy {
+            retention_ms: ms(merged.get(|w| &w.retention).unwrap_or(Duration::from_secs(86_400))),
+            unknown_retention_ms: ms(merged.get(|w| &w.unknown_retention).unwrap_or(Duration::from_secs(604_800))),
+            concurrent: merged.get(|w| &w.concurrent).unwrap_or(Concurrent::Wait),
+            unknown_outcome: merged.get(|w| &w.unknown_outcome).unwrap_or(UnknownOutcome::Hold),
+            lease_ms: None,
+        },
+        outcomes,
+        wait_timeout: merged.get(|w| &w.wait_timeout).unwrap_or(Duration::from_secs(10)),
+        max_waiters_per_key: merged.get(|w| &w.max_waiters_per_key).unwrap_or(1024),
+        on_store_error: merged.get(|w| &w.on_store_error).unwrap_or(OnStoreError::Reject),
+        max_recorded_body: usize::try_from(merged.get(|w| &w.max_recorded_body).unwrap_or(1 << 20))
+            .unwrap_or(usize::MAX),
+        drop_headers: merged.get(|w| &w.drop_headers).unwrap_or_else(|| names(&["set-cookie"])),
+        credential_headers: merged.get(|w| &w.credential_headers).unwrap_or_else(|| names(&DEFAULT_CREDENTIAL_HEADERS)),
+        trusted_headers: merged.get(|w| &w.trusted_headers).unwrap_or_default(),
+        replay_auth: merged.get(|w| &w.replay_auth).unwrap_or(ReplayAuth::Scope),
+    };
+    contradictions(name, &options, &merged, no_trusted_proxies, broken, errors);
+    (!broken).then_some(options)
+}
+
+/// A route's own keys before the general ones.
+struct Merged<'a> {
+    own: &'a Written,
+    general: &'a Written,
+    at: &'a At,
+}
+
+impl Merged<'_> {
+    fn get<T: Clone>(&self, field: impl Fn(&Written) -> &Option<(T, At)>) -> Option<T> {
+        field(self.own).as_ref().or(field(self.general).as_ref()).map(|(value, _)| value.clone())
+    }
+
+    fn at<T>(&self, field: impl Fn(&Written) -> &Option<(T, At)>) -> At {
+        field(self.own).as_ref().or(field(self.general).as_ref()).map_or(self.at, |(_, at)| at).clone()
+    }
+}
+
+/// Settings that cannot stand together.
+fn contradictions(
+    name: &str,
+    route: &RouteOptions,
+    merged: &Merged<'_>,
+    no_trusted_proxies: bool,
+    no_pattern: bool,
+    errors: &mut Errors,
+) {
+    let mut add = |at: At, key: &str, message: &str| errors.add(&at, &format!("{name}.{key}"), message);
+    let scope_at = || merged.at(|w| &w.scope);
+    if route.replay_auth == ReplayAuth::Scope && !route.scope.iter().any(|part| is_credential(part, route)) {
+        add(
+            scope_at(),
+            "scope",
+            "has no part that only the key's owner can send, so anyone could read anyone's answers; add \
+             \"authorization\", a \"cookie:\" or a \"header:\" of credential_headers or trusted_headers, or write \
+             replay_auth = \"none\"",
+        );
+    }
+    for part in &route.scope {
+        if let Part::PathParam(param) = part
+            && !no_pattern
+            && !route.pattern.params().any(|name| name == param)
+        {
+            let message = format!("names the path parameter {param}, which {} has not", route.pattern.as_str());
+            add(scope_at(), "scope", &message);
+        }
+    }
+    if !route.trusted_headers.is_empty() && no_trusted_proxies {
+        let message = "needs server.trusted_proxies: from anyone else these headers are refused";
+        add(merged.at(|w| &w.trusted_headers), "trusted_headers", message);
+    }
+    if let Some(both) = route.trusted_headers.iter().find(|name| route.credential_headers.contains(name)) {
+        let message = format!("names {both}, which is in credential_headers too: it is either a secret or an identity");
+        add(merged.at(|w| &w.trusted_headers), "trusted_headers", &message);
+    }
+    if route.missing_key == MissingKey::Derive && route.fingerprint.mode == FingerprintMode::None {
+        let message = "\"derive\" needs a fingerprint: with \"none\" all payloads would get one key";
+        add(merged.at(|w| &w.missing_key), "missing_key", message);
+    }
+    if let Err(messages) = route.fingerprint.validate() {
+        messages.iter().for_each(|message| add(merged.at(|w| &w.fingerprint_ignore), "fingerprint_ignore", message));
+    }
+}

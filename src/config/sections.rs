@@ -1,0 +1,282 @@
+//! Sections, key by key, with their defaults.
+
+use super::Config;
+use super::reader::{At, Errors, Node, Section, Value, boolean, choice, count, duration, list, size, string};
+use super::routes;
+use crate::gateway::upstream::{Endpoint, HostPolicy};
+use crate::gateway::{self, upstream};
+use crate::server::{Address, Limits};
+use crate::store::embedded::Durability;
+use crate::{admin, ledger, server, store};
+use http::HeaderValue;
+use http::uri::Authority;
+use ipnet::IpNet;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+const ZERO: Duration = Duration::ZERO;
+/// Where zero would mean "never in time".
+const TICK: Duration = Duration::from_millis(1);
+const MIB: u64 = 1 << 20;
+
+const fn seconds(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+fn to_usize(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
+/// Resolves all sections; `None` if what is missing has no default to go on with.
+pub(super) fn resolve(root: Node, errors: &mut Errors) -> Option<Config> {
+    let mut top = Section::new("", Some(root), errors);
+    let server_node = top.take("server");
+    let upstream_node = top.take("upstream");
+    let routes_node = top.take("routes");
+    let idempotency_node = top.take("idempotency");
+    let cache_node = top.take("cache");
+    let store_node = top.take("store");
+    let admin_node = top.take("admin");
+    top.not_built("auth");
+    top.finish();
+
+    let (server, client) = server_section(server_node, errors);
+    let upstream = upstream_section(upstream_node, errors);
+    let routes = routes::resolve(routes_node, idempotency_node, client.trusted_proxies.is_empty(), errors);
+    let ledger = cache_section(cache_node, errors);
+    let store = store_section(store_node, errors);
+    let admin = admin_section(admin_node, errors);
+    for address in server.listen.iter().filter(|address| **address == admin.listen && !any_port(address)) {
+        errors.add(&At::Nowhere, "admin.listen", &format!("{address} is server.listen already; choose another port"));
+    }
+    let Client { trusted_proxies, max_body, max_buffered, body_timeout } = client;
+    let gateway =
+        gateway::Options { routes, trusted_proxies, max_body, max_buffered, body_timeout, upstream: upstream? };
+    Some(Config { server, gateway, ledger, store, admin })
+}
+
+fn any_port(address: &Address) -> bool {
+    matches!(address, Address::Tcp(text) if text.ends_with(":0"))
+}
+
+/// What `[server]` says to the gateway.
+struct Client {
+    trusted_proxies: Vec<IpNet>,
+    max_body: usize,
+    max_buffered: usize,
+    body_timeout: Duration,
+}
+
+fn server_section(node: Option<Node>, errors: &mut Errors) -> (server::Options, Client) {
+    let mut section = Section::new("server", node, errors);
+    let listen = section.read("listen", addresses).unwrap_or_else(|| vec![Address::Tcp("127.0.0.1:8080".to_owned())]);
+    let workers = section.read("workers", count(0)).unwrap_or(0);
+    let drain_delay = section.read("drain_delay", duration(ZERO)).unwrap_or(ZERO);
+    let drain_timeout = section.read("drain_timeout", duration(ZERO)).unwrap_or(seconds(25));
+    let trusted_proxies = section.read("trusted_proxies", list(network)).unwrap_or_default();
+    section.not_built("tls");
+    section.not_built("cors");
+    let limits_node = section.take("limits");
+    section.finish();
+
+    let mut section = Section::new("server.limits", limits_node, errors);
+    let limits = Limits {
+        header_timeout: section.read("header_timeout", duration(TICK)).unwrap_or(seconds(10)),
+        idle_timeout: section.read("idle_timeout", duration(TICK)).unwrap_or(seconds(75)),
+        write_timeout: section.read("write_timeout", duration(TICK)).unwrap_or(seconds(30)),
+        // The HTTP library's smallest buffer.
+        max_header_bytes: to_usize(section.read("max_header_bytes", size(8192)).unwrap_or(64 << 10)),
+        max_connections: section.read("max_connections", count(1)).unwrap_or(10_000),
+    };
+    let body_at = section.at("max_body");
+    let max_body = section.read("max_body", size(0)).unwrap_or(MIB);
+    let max_buffered = section.read("max_buffered", size(1)).unwrap_or(256 * MIB);
+    if max_body > max_buffered {
+        section.add(&body_at, "max_body", "is larger than max_buffered, so the largest bodies would never fit");
+    }
+    let body_timeout = section.read("body_timeout", duration(TICK)).unwrap_or(seconds(30));
+    section.finish();
+    let client =
+        Client { trusted_proxies, max_body: to_usize(max_body), max_buffered: to_usize(max_buffered), body_timeout };
+    (server::Options { listen, workers, drain_delay, drain_timeout, limits }, client)
+}
+
+fn addresses(value: &Value) -> Result<Vec<Address>, String> {
+    let addresses = match value {
+        Value::Array(_) => list(address)(value)?,
+        _ => vec![address(value)?],
+    };
+    if addresses.is_empty() { Err("needs at least one address".to_owned()) } else { Ok(addresses) }
+}
+
+/// `host:port` or `unix:/path`.
+fn address(value: &Value) -> Result<Address, String> {
+    let text = string(value)?;
+    if let Some(path) = text.strip_prefix("unix:") {
+        let absolute = path.starts_with('/');
+        return if absolute {
+            Ok(Address::Unix(PathBuf::from(path)))
+        } else {
+            Err(format!("{text:?} needs an absolute path"))
+        };
+    }
+    let wrong = || {
+        format!(
+            "{text:?} is no address; write one such as \"127.0.0.1:8080\", \"[::1]:8080\" or \"unix:/run/oncegate.sock\""
+        )
+    };
+    let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
+    let bare_ipv6 = host.contains(':') && !(host.starts_with('[') && host.ends_with(']'));
+    if host.is_empty() || bare_ipv6 || port.parse::<u16>().is_err() {
+        return Err(wrong());
+    }
+    Ok(Address::Tcp(text))
+}
+
+/// An address or a network.
+fn network(value: &Value) -> Result<IpNet, String> {
+    let text = string(value)?;
+    let network = text.parse::<IpNet>().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
+    network.ok_or_else(|| format!("{text:?} is neither an address nor a network such as \"10.0.0.0/8\""))
+}
+
+fn upstream_section(node: Option<Node>, errors: &mut Errors) -> Option<upstream::Options> {
+    let mut section = Section::new("upstream", node, errors);
+    let url = match section.take("url") {
+        None => endpoint("http://127.0.0.1:3000"),
+        Some(node) => string(&node.value).and_then(|text| endpoint(&text)).inspect_err(|message| {
+            section.add(&node.at, "url", message);
+        }),
+    };
+    let connect_timeout = section.read("connect_timeout", duration(TICK)).unwrap_or(seconds(2));
+    let response_timeout = section.read("response_timeout", duration(TICK)).unwrap_or(seconds(30));
+    let late_window = section.read("late_window", duration(ZERO)).unwrap_or(seconds(300));
+    let idle_timeout = section.read("idle_timeout", duration(ZERO)).unwrap_or(seconds(4));
+    let max_in_flight = section.read("max_in_flight", count(1)).unwrap_or(1024);
+    let host = section.read("host", host_policy).unwrap_or(HostPolicy::Preserve);
+    section.not_built("tls");
+    section.finish();
+    let (endpoint, authority) = url.ok()?;
+    Some(upstream::Options {
+        endpoint,
+        authority,
+        connect_timeout,
+        response_timeout,
+        late_window,
+        idle_timeout,
+        max_in_flight,
+        host,
+    })
+}
+
+fn endpoint(text: &str) -> Result<(Endpoint, HeaderValue), String> {
+    if let Some(path) = text.strip_prefix("unix:") {
+        if !path.starts_with('/') {
+            return Err(format!("{text:?} needs an absolute path"));
+        }
+        return Ok((Endpoint::Unix(PathBuf::from(path)), HeaderValue::from_static("localhost")));
+    }
+    if text.starts_with("https:") {
+        return Err(
+            "https is not built yet in this version; use http, or a local TLS client such as stunnel".to_owned()
+        );
+    }
+    let wrong = || format!("{text:?} is no upstream; write http://host:port or unix:/path");
+    let rest = text.strip_prefix("http://").ok_or_else(wrong)?;
+    let rest = rest.strip_suffix('/').unwrap_or(rest);
+    if rest.contains(['/', '?', '#', '@']) {
+        return Err(format!("{text:?} must end after host and port: requests keep their own path"));
+    }
+    let authority = Authority::try_from(rest).map_err(|_| wrong())?;
+    let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
+    let port = match authority.port() {
+        None if rest.ends_with(':') => return Err(wrong()),
+        None => 80,
+        Some(port) => port.as_str().parse::<u16>().ok().filter(|port| *port > 0).ok_or_else(wrong)?,
+    };
+    if host.is_empty() {
+        return Err(wrong());
+    }
+    let value = HeaderValue::try_from(authority.as_str()).map_err(|_| wrong())?;
+    Ok((Endpoint::Tcp { host, port }, value))
+}
+
+fn host_policy(value: &Value) -> Result<HostPolicy, String> {
+    let text = string(value)?;
+    match text.as_str() {
+        "preserve" => Ok(HostPolicy::Preserve),
+        "upstream" => Ok(HostPolicy::Upstream),
+        name => match (Authority::try_from(name), HeaderValue::try_from(name)) {
+            (Ok(authority), Ok(value)) if !authority.as_str().contains('@') => Ok(HostPolicy::Name(value)),
+            _ => Err(format!("{text:?} is neither \"preserve\", \"upstream\" nor a host name")),
+        },
+    }
+}
+
+fn cache_section(node: Option<Node>, errors: &mut Errors) -> ledger::Options {
+    let mut section = Section::new("cache", node, errors);
+    let cache_max_bytes = section.read("max_bytes", size(0)).unwrap_or(64 * MIB);
+    let cache_max_age = section.read("max_age", duration(TICK));
+    section.finish();
+    ledger::Options { cache_max_bytes, cache_max_age }
+}
+
+#[derive(Clone, Copy)]
+enum Engine {
+    Sled,
+    Memory,
+    NotBuilt,
+}
+
+fn store_section(node: Option<Node>, errors: &mut Errors) -> store::Options {
+    let mut section = Section::new("store", node, errors);
+    let engines = [
+        ("sled", Engine::Sled),
+        ("memory", Engine::Memory),
+        ("fjall", Engine::NotBuilt),
+        ("redis", Engine::NotBuilt),
+        ("postgres", Engine::NotBuilt),
+    ];
+    let engine = section.read("engine", |value| match choice(&engines)(value)? {
+        Engine::NotBuilt => Err("this engine is not built yet in this version; use \"sled\" or \"memory\"".to_owned()),
+        engine => Ok(engine),
+    });
+    let path = section.read("path", |value| match string(value)?.as_str() {
+        "" => Err("must not be empty".to_owned()),
+        path => Ok(PathBuf::from(path)),
+    });
+    let create = section.read("create", boolean).unwrap_or(true);
+    let min_free_bytes = section.read("min_free", size(0)).unwrap_or(64 * MIB);
+    let durabilities = [("strict", Durability::Strict), ("relaxed", Durability::Relaxed)];
+    let durability = section.read("durability", choice(&durabilities)).unwrap_or(Durability::Strict);
+    // Of shared stores alone; an embedded one's claims live as long as their gateway. Its default may stand in a file.
+    let default = seconds(30);
+    section.read("lease", |value| match duration(TICK)(value)? {
+        lease if lease == default => Ok(()),
+        _ => Err("applies to shared stores, which are not built yet in this version; remove it".to_owned()),
+    });
+    section.not_built("url");
+    section.finish();
+    match engine.unwrap_or(Engine::Sled) {
+        Engine::Memory => store::Options::Memory,
+        Engine::Sled | Engine::NotBuilt => store::Options::Embedded(store::embedded::Options {
+            path: path.unwrap_or_else(|| PathBuf::from("data")),
+            create,
+            min_free_bytes,
+            durability,
+        }),
+    }
+}
+
+fn admin_section(node: Option<Node>, errors: &mut Errors) -> admin::Options {
+    let mut section = Section::new("admin", node, errors);
+    let listen = section.read("listen", address).unwrap_or_else(|| Address::Tcp("127.0.0.1:9090".to_owned()));
+    section.read("ready_needs_store", |value| match boolean(value)? {
+        false => Ok(()),
+        true => Err("applies to shared stores, which are not built yet in this version; remove it".to_owned()),
+    });
+    section.not_built("token_file");
+    section.finish();
+    admin::Options { listen }
+}

@@ -1,0 +1,391 @@
+//! The claimed forward: claim → send → settle → reply, in a task of its own that no client can cancel.
+
+use super::body::{ForwardBody, join};
+use super::headers::{self, IDEMPOTENCY_OUTCOME, strip_hop_by_hop};
+use super::pass::send_problem;
+use super::problem::Problem;
+use super::reply::{BodyError, ReplyBody, recordable, to_recorded};
+use super::upstream::{Connection, SendError};
+use super::{Counted, Gateway, Intercepted, OnStoreError, Route, Unrecorded as SharedResponse, unavailable};
+use crate::fault;
+use crate::idempotency::outcome::Class;
+use crate::idempotency::{Evidence, Outcome, Recorded, Why};
+use crate::ledger::{Answer, Claim, ClaimResult, Held, Lead, Reservation};
+use crate::store::AnyStore;
+use crate::telemetry::Outcome as Result_;
+use bytes::Bytes;
+use http::header::{CONTENT_LENGTH, LOCATION, RETRY_AFTER, TRAILER};
+use http::request::Parts;
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version, response};
+use http_body::{Body, Frame};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use std::sync::Arc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+/// What a forward's task tells the request that started it.
+pub(super) enum TaskAnswer {
+    Respond(Response<ReplyBody>, Result_),
+    Problem(Problem),
+    /// The store had a record already.
+    Record(Answer),
+}
+
+/// A response that is no record: waiters with the same credentials may share it.
+#[derive(Debug)]
+pub(crate) enum Unrecorded {
+    Response { status: StatusCode, headers: HeaderMap, body: Bytes },
+    Problem(Problem),
+}
+
+impl Unrecorded {
+    pub(super) fn respond(&self, outcome: Result_) -> Result<Counted, Problem> {
+        match self {
+            Self::Problem(problem) => Err(problem.clone()),
+            Self::Response { status, headers, body } => {
+                let mut response = Response::new(ReplyBody::full(body.clone()));
+                *response.status_mut() = *status;
+                *response.headers_mut() = headers.clone();
+                Ok((response, outcome))
+            }
+        }
+    }
+}
+
+/// A request that is about to be claimed and forwarded.
+pub(super) struct Forward {
+    gateway: Arc<Gateway>,
+    route: Arc<Route>,
+    parts: Parts,
+    /// Let go once the caller has got its 504: the request has been written by then.
+    body: Option<Held>,
+    _permit: OwnedSemaphorePermit,
+    reply: Option<oneshot::Sender<TaskAnswer>>,
+}
+
+impl Gateway {
+    pub(super) fn forward(
+        self: &Arc<Self>,
+        mut parts: Parts,
+        body: Held,
+        intercepted: &Intercepted,
+        permit: OwnedSemaphorePermit,
+    ) -> Forward {
+        headers::prepare_request(&mut parts.headers, parts.version, &intercepted.peer);
+        self.set_host(&mut parts.headers);
+        parts.headers.insert(CONTENT_LENGTH, body.bytes.len().into());
+        parts.headers.remove(TRAILER);
+        parts.version = Version::HTTP_11;
+        parts.extensions.clear();
+        let route = Arc::clone(&intercepted.route);
+        Forward { gateway: Arc::clone(self), route, parts, body: Some(body), _permit: permit, reply: None }
+    }
+}
+
+type Lead_ = Lead<AnyStore, SharedResponse>;
+type Claim_ = Claim<AnyStore, SharedResponse>;
+
+/// How an exchange with the upstream went.
+enum Exchange {
+    Complete(response::Parts, Bytes),
+    Large(Large),
+    Failed(SendError),
+    /// The response broke off or was not one.
+    Malformed(&'static str),
+}
+
+/// A response that is too large to be recorded: its head, what has been read, and the rest.
+struct Large {
+    head: response::Parts,
+    read: Vec<Bytes>,
+    rest: Incoming,
+    connection: Connection,
+}
+
+impl Forward {
+    /// Runs the forward in a task of its own and waits for what it has to say.
+    pub(super) async fn start(mut self, lead: Lead_) -> TaskAnswer {
+        let (reply, answer) = oneshot::channel();
+        self.reply = Some(reply);
+        let gateway = Arc::clone(&self.gateway);
+        gateway.claims.spawn(self.run(lead));
+        answer.await.unwrap_or_else(|_| TaskAnswer::Problem(Problem::upstream_broken("proxy_internal_error")))
+    }
+
+    fn tell(&mut self, answer: TaskAnswer) {
+        if let Some(reply) = self.reply.take() {
+            // The client may be gone; the forward goes on all the same.
+            let _ = reply.send(answer);
+        }
+    }
+
+    async fn run(mut self, lead: Lead_) {
+        let claim = match lead.claim().await {
+            Ok(ClaimResult::Claimed(claim)) => claim,
+            Ok(ClaimResult::Answer(answer)) => return self.tell(TaskAnswer::Record(answer)),
+            Err(error) if self.route.options.on_store_error == OnStoreError::Pass => {
+                tracing::warn!(%error, "the store is unavailable; forwarding without a record, as on_store_error says");
+                return self.pass_unrecorded().await;
+            }
+            Err(error) => return self.tell(TaskAnswer::Problem(unavailable(&error))),
+        };
+        fault::point("after-claim-commit");
+        if self.gateway.give_up.is_cancelled() {
+            let _ = claim.settle(Outcome::NotExecuted(Evidence::ThisSend), None).await;
+            return self.tell(TaskAnswer::Problem(Problem::draining()));
+        }
+        let in_flight = self.gateway.metrics.upstream_in_flight.clone();
+        in_flight.inc();
+        self.exchange_and_settle(claim).await;
+        in_flight.dec();
+    }
+
+    /// Sends the request and settles by what comes back, be it late.
+    async fn exchange_and_settle(mut self, claim: Claim_) {
+        let gateway = Arc::clone(&self.gateway);
+        let options = gateway.upstream.options();
+        let started = Instant::now();
+        let request = self.request(claim.resend.then(|| claim.key_header()).flatten());
+        let exchange = exchange(Arc::clone(&gateway), request, self.route.options.max_recorded_body);
+        tokio::pin!(exchange);
+        let in_time = tokio::select! {
+            biased;
+            done = &mut exchange => Some(done),
+            () = sleep_until(started + options.response_timeout) => None,
+            () = gateway.give_up.cancelled() => {
+                return self.settle_without_response(claim, Why::Shutdown, Problem::draining()).await;
+            }
+        };
+        let done = match in_time {
+            Some(done) => done,
+            None => {
+                claim.set_late();
+                self.body = None;
+                self.tell(TaskAnswer::Problem(Problem::upstream_timeout()));
+                tokio::select! {
+                    biased;
+                    done = &mut exchange => done,
+                    () = sleep(options.late_window) => {
+                        return self.settle_without_response(claim, Why::Timeout, Problem::outcome_unknown()).await;
+                    }
+                    () = gateway.give_up.cancelled() => {
+                        return self.settle_without_response(claim, Why::Shutdown, Problem::draining()).await;
+                    }
+                }
+            }
+        };
+        gateway.metrics.upstream_seconds.observe(started.elapsed().as_secs_f64());
+        fault::point("after-forward");
+        match done {
+            (Exchange::Complete(head, body), reservation) => {
+                self.settle_complete(claim, head, body).await;
+                drop(reservation);
+            }
+            (Exchange::Large(large), _) => self.settle_large(claim, large).await,
+            (Exchange::Failed(error), _) => {
+                let problem = send_problem(&error);
+                match error {
+                    SendError::Unreachable { .. } => {
+                        let shared = Arc::new(Unrecorded::Problem(problem.clone()));
+                        settle(claim, Outcome::NotExecuted(Evidence::ThisSend), Some(shared)).await;
+                        self.tell(TaskAnswer::Problem(problem));
+                    }
+                    SendError::Broken(error) => {
+                        let why = if error.is_parse() { Why::Malformed } else { Why::Reset };
+                        self.settle_without_response(claim, why, problem).await;
+                    }
+                }
+            }
+            (Exchange::Malformed(proxy_error), _) => {
+                let problem = Problem::upstream_broken(proxy_error);
+                self.settle_without_response(claim, Why::Malformed, problem).await;
+            }
+        }
+    }
+
+    fn request(&self, first_header: Option<Bytes>) -> Request<ForwardBody> {
+        let body = ForwardBody::full(self.body.as_ref().map_or_else(Bytes::new, |held| held.bytes.clone()));
+        let mut request = Request::new(body);
+        *request.method_mut() = self.parts.method.clone();
+        *request.uri_mut() = self.parts.uri.clone();
+        *request.headers_mut() = self.parts.headers.clone();
+        // A re-send bears the header of the first send, byte for byte.
+        if let Some(Ok(value)) = first_header.map(HeaderValue::from_maybe_shared) {
+            request.headers_mut().insert(&self.route.options.header, value);
+        }
+        request
+    }
+
+    async fn settle_without_response(mut self, claim: Claim_, why: Why, problem: Problem) {
+        settle(claim, Outcome::Unknown(why), None).await;
+        self.tell(TaskAnswer::Problem(problem));
+    }
+
+    async fn settle_complete(mut self, claim: Claim_, head: response::Parts, body: Bytes) {
+        let outcome = self.classify(&head, claim.resend);
+        let response = respond(&head, ReplyBody::full(body.clone()));
+        let mut kept = recordable(&head.headers, &self.route.options.drop_headers);
+        kept.remove(&IDEMPOTENCY_OUTCOME);
+        match outcome {
+            Verdict::Final => {
+                let recorded = Recorded::Full(to_recorded(head.status, &kept, body));
+                settle(claim, Outcome::Final(recorded), None).await;
+            }
+            Verdict::NotExecuted(evidence) => {
+                let shared = Arc::new(Unrecorded::Response { status: head.status, headers: kept, body });
+                settle(claim, Outcome::NotExecuted(evidence), Some(shared)).await;
+            }
+            Verdict::Unknown(why) => settle(claim, Outcome::Unknown(why), None).await,
+        }
+        self.tell(TaskAnswer::Respond(response, Result_::forwarded));
+    }
+
+    /// Settles before the first byte goes to the caller; a cut-off from then on changes the record no more.
+    async fn settle_large(self, claim: Claim_, large: Large) {
+        let head = &large.head;
+        let outcome = match self.classify(head, claim.resend) {
+            Verdict::Final => {
+                let location = head.headers.get(LOCATION).map(|value| Bytes::copy_from_slice(value.as_bytes()));
+                Outcome::Final(Recorded::Omitted { status: head.status.as_u16(), location })
+            }
+            Verdict::NotExecuted(evidence) => Outcome::NotExecuted(evidence),
+            Verdict::Unknown(why) => Outcome::Unknown(why),
+        };
+        settle(claim, outcome, None).await;
+        self.stream(large, Result_::forwarded).await;
+    }
+
+    /// Streams what was read and what is still to come.
+    async fn stream(mut self, large: Large, result: Result_) {
+        let Large { head, read, mut rest, connection } = large;
+        let (frames, body) = mpsc::channel(4);
+        let mut response = respond(&head, ReplyBody::Relayed(body));
+        if let Some(declared) = head.headers.get(CONTENT_LENGTH) {
+            response.headers_mut().insert(CONTENT_LENGTH, declared.clone());
+        }
+        self.tell(TaskAnswer::Respond(response, result));
+        for chunk in read {
+            let _ = frames.send(Ok(Frame::data(chunk))).await;
+        }
+        let patience = self.gateway.options.upstream.response_timeout;
+        loop {
+            // A client that is gone does not end the transfer: the upstream may still be at work.
+            let failed = match timeout(patience, rest.frame()).await {
+                Ok(None) => return connection.finished(),
+                Ok(Some(Ok(frame))) => {
+                    let _ = frames.send(Ok(frame)).await;
+                    continue;
+                }
+                Ok(Some(Err(error))) => BodyError::Upstream(error),
+                Err(_) => BodyError::Stalled,
+            };
+            let _ = frames.send(Err(failed)).await;
+            return;
+        }
+    }
+
+    /// What a complete response says. The upstream's own word comes first.
+    fn classify(&self, head: &response::Parts, resend: bool) -> Verdict {
+        let status = head.status.as_u16();
+        let mut words = head.headers.get_all(&IDEMPOTENCY_OUTCOME).iter();
+        let word = words.next().filter(|_| words.next().is_none());
+        match word.map(|word| word.as_bytes().trim_ascii()) {
+            Some(b"final") => return Verdict::Final,
+            Some(b"not-executed") => return Verdict::NotExecuted(Evidence::ThisKey),
+            Some(b"unknown") => return Verdict::Unknown(Why::Status(status)),
+            _ => {}
+        }
+        // After a re-send, 409 is the upstream's own "in progress".
+        if resend && status == 409 {
+            return Verdict::Unknown(Why::Status(status));
+        }
+        match self.route.options.outcomes.classify(status, head.headers.contains_key(RETRY_AFTER)) {
+            Class::Final => Verdict::Final,
+            Class::NotExecuted => Verdict::NotExecuted(Evidence::ThisSend),
+            Class::Unknown => Verdict::Unknown(Why::Status(status)),
+        }
+    }
+
+    /// `on_store_error = "pass"`: the operator prefers a possible duplicate to a refusal.
+    async fn pass_unrecorded(mut self) {
+        self.gateway.metrics.unrecorded_passes.inc();
+        let request = self.request(None);
+        let limit = self.route.options.max_recorded_body;
+        let exchange = exchange(Arc::clone(&self.gateway), request, limit);
+        let done = timeout(self.gateway.options.upstream.response_timeout, exchange).await;
+        let problem = match done.map(|(done, _)| done) {
+            Ok(Exchange::Complete(head, body)) => {
+                return self.tell(TaskAnswer::Respond(respond(&head, ReplyBody::full(body)), Result_::passed));
+            }
+            Ok(Exchange::Large(large)) => return self.stream(large, Result_::passed).await,
+            Ok(Exchange::Failed(error)) => send_problem(&error),
+            Ok(Exchange::Malformed(proxy_error)) => Problem::upstream_broken(proxy_error),
+            Err(_) => Problem::upstream_timeout(),
+        };
+        self.tell(TaskAnswer::Problem(problem.without_record()));
+    }
+}
+
+/// What a complete response means for the claim.
+enum Verdict {
+    Final,
+    NotExecuted(Evidence),
+    Unknown(Why),
+}
+
+async fn settle(claim: Claim_, outcome: Outcome, shared_response: Option<SharedResponse>) {
+    fault::point("before-settle-commit");
+    // A failure has been logged and counted; the claim stays, and the caller gets its answer all the same.
+    let _ = claim.settle(outcome, shared_response).await;
+    fault::point("after-settle-commit");
+}
+
+/// The response for the caller: everything but what is not for it.
+fn respond(head: &response::Parts, body: ReplyBody) -> Response<ReplyBody> {
+    let mut response = Response::new(body);
+    *response.status_mut() = head.status;
+    let headers = response.headers_mut();
+    *headers = head.headers.clone();
+    strip_hop_by_hop(headers);
+    headers.remove(&IDEMPOTENCY_OUTCOME);
+    headers.remove(CONTENT_LENGTH);
+    response
+}
+
+/// Sends the request and reads the response, up to `limit` bytes of its body and as far as the budget goes.
+async fn exchange(gateway: Arc<Gateway>, request: Request<ForwardBody>, limit: usize) -> (Exchange, Reservation) {
+    let mut reservation = gateway.budget.reservation();
+    let (response, connection) = match gateway.upstream.send(request).await {
+        Ok(sent) => sent,
+        Err(error) => return (Exchange::Failed(error), reservation),
+    };
+    let (head, mut rest) = response.into_parts();
+    if head.status.is_informational() {
+        return (Exchange::Malformed("http_protocol_error"), reservation);
+    }
+    let mut read = Vec::new();
+    let mut len = 0_usize;
+    if rest.size_hint().lower() > limit as u64 {
+        return (Exchange::Large(Large { head, read, rest, connection }), reservation);
+    }
+    loop {
+        match rest.frame().await {
+            None => break,
+            Some(Err(_)) => return (Exchange::Malformed("http_response_incomplete"), reservation),
+            Some(Ok(frame)) => {
+                // Trailers are not recorded.
+                let Ok(data) = frame.into_data() else { continue };
+                len = len.saturating_add(data.len());
+                // Without room to hold it, the response counts as too large: executed, but not recorded.
+                let fits = len <= limit && reservation.grow(data.len());
+                read.push(data);
+                if !fits {
+                    return (Exchange::Large(Large { head, read, rest, connection }), reservation);
+                }
+            }
+        }
+    }
+    connection.finished();
+    (Exchange::Complete(head, join(read, len)), reservation)
+}

@@ -1,0 +1,139 @@
+//! Pass-through: streams both ways, buffers nothing, records nothing.
+
+use super::body::{ForwardBody, Upload, UploadFailure};
+use super::headers::{self, last_hop, strip_hop_by_hop};
+use super::problem::{Code, Problem};
+use super::reply::ReplyBody;
+use super::upstream::{Connection, HostPolicy, Passing, SendError};
+use super::{Gateway, Peer};
+use crate::telemetry::{Outcome, RouteMetrics};
+use bytes::Bytes;
+use http::header::{ALLOW, HOST};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version};
+use http_body::Body;
+use hyper::body::Incoming;
+use std::sync::Arc;
+use tokio::time::{Instant, sleep};
+
+impl Gateway {
+    /// Passes a request through.
+    pub(super) async fn pass(
+        self: &Arc<Self>,
+        mut request: Request<Incoming>,
+        peer: &Peer,
+        metrics: &RouteMetrics,
+        chained: bool,
+    ) -> Response<ReplyBody> {
+        let method = request.method().clone();
+        if last_hop(&method, request.headers_mut()) {
+            metrics.count(Outcome::passed);
+            return answer_as_last_hop(&method);
+        }
+        let (mut parts, body) = request.into_parts();
+        headers::prepare_request(&mut parts.headers, parts.version, peer);
+        self.set_host(&mut parts.headers);
+        parts.version = Version::HTTP_11;
+        parts.extensions.clear();
+        let started = Instant::now();
+        let sent = if body.is_end_stream() {
+            self.send_passing(Request::from_parts(parts, ForwardBody::Full(None)), None).await
+        } else {
+            let (upload, progress) = Upload::new(body, self.options.body_timeout);
+            self.send_passing(Request::from_parts(parts, ForwardBody::Upload(upload)), Some(progress)).await
+        };
+        self.metrics.upstream_seconds.observe(started.elapsed().as_secs_f64());
+        match sent {
+            Ok((response, connection)) => {
+                metrics.count(Outcome::passed);
+                self.pass_back(response, connection)
+            }
+            Err(problem) => {
+                let client_failed = matches!(problem.code, Code::RequestTimeout | Code::BadRequest);
+                metrics.count(if client_failed { Outcome::rejected } else { Outcome::failed });
+                problem.into_response(chained)
+            }
+        }
+    }
+
+    /// Sends a request. `response_timeout` runs from the end of the upload to the head of the response.
+    async fn send_passing(
+        &self,
+        request: Request<ForwardBody>,
+        upload: Option<Arc<super::body::Progress>>,
+    ) -> Result<(Response<Incoming>, Connection), Problem> {
+        let patience = self.options.upstream.response_timeout;
+        let timeout = async {
+            if let Some(upload) = &upload
+                && !upload.ended_or_stuck(patience.max(self.options.body_timeout)).await
+            {
+                return;
+            }
+            sleep(patience).await;
+        };
+        let failure = tokio::select! {
+            biased;
+            sent = self.upstream.send(request) => match sent {
+                Ok(sent) => return Ok(sent),
+                Err(error) => error,
+            },
+            () = timeout => {
+                return Err(Problem::upstream_timeout().without_record());
+            }
+        };
+        Err(match upload.and_then(|upload| upload.failure()) {
+            Some(UploadFailure::Stalled) => {
+                Problem::new(Code::RequestTimeout, "The body made no progress; send it again, faster.")
+            }
+            Some(UploadFailure::CutOff) => Problem::new(Code::BadRequest, "The body broke off or is malformed."),
+            None => send_problem(&failure).without_record(),
+        })
+    }
+
+    pub(super) fn set_host(&self, headers: &mut http::HeaderMap) {
+        let host = match &self.options.upstream.host {
+            HostPolicy::Preserve => return,
+            HostPolicy::Upstream => self.options.upstream.authority.clone(),
+            HostPolicy::Name(name) => name.clone(),
+        };
+        headers.insert(HOST, host);
+    }
+
+    fn pass_back(&self, response: Response<Incoming>, connection: Connection) -> Response<ReplyBody> {
+        let (mut parts, body) = response.into_parts();
+        if parts.status.is_informational() {
+            // An upgrade that nobody asked for: the request's own Upgrade was not passed on.
+            return Problem::upstream_broken("http_protocol_error").into_response(false);
+        }
+        strip_hop_by_hop(&mut parts.headers);
+        parts.version = Version::HTTP_11;
+        parts.extensions.clear();
+        let patience = self.options.upstream.response_timeout;
+        Response::from_parts(parts, ReplyBody::Passing(Passing::new(body, connection, patience)))
+    }
+}
+
+/// What the client is told when sending failed.
+pub(super) fn send_problem(error: &SendError) -> Problem {
+    tracing::warn!(error = %error, source = std::error::Error::source(error).map(tracing::field::display), "upstream failed");
+    match error {
+        SendError::Unreachable { proxy_error, .. } => Problem::upstream(
+            Code::UpstreamUnreachable,
+            "The upstream cannot be reached and has been sent nothing; retry later.",
+            proxy_error,
+        ),
+        SendError::Broken(error) => {
+            Problem::upstream_broken(if error.is_parse() { "http_protocol_error" } else { "connection_terminated" })
+        }
+    }
+}
+
+fn answer_as_last_hop(method: &Method) -> Response<ReplyBody> {
+    let mut response = Response::new(ReplyBody::full(Bytes::new()));
+    // TRACE would echo the request, credentials included.
+    if method == Method::TRACE {
+        *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
+    }
+    let allow = HeaderValue::from_static("GET, HEAD, POST, PUT, DELETE, PATCH, OPTIONS");
+    response.headers_mut().insert(ALLOW, allow);
+    response
+}

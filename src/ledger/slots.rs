@@ -1,0 +1,204 @@
+//! Keys that this gateway is working on, and the duplicates that wait for them.
+
+use super::budget::Held;
+use crate::idempotency::Record;
+use crate::store::RecordId;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+/// A digest of all credentials that a request bore. Only who bears the same may share an unrecorded response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Credentials(pub [u8; 32]);
+
+/// How a slot ended, for those who waited.
+#[derive(Clone, Debug)]
+pub enum Settlement<R> {
+    /// A completed record: replay it.
+    Recorded(Arc<Record>),
+    /// Nothing was executed; whoever bears the same credentials gets this same response.
+    NotExecuted { response: R, credentials: Credentials },
+    /// Look again, as a newcomer.
+    Again,
+}
+
+#[derive(Debug)]
+pub(super) enum Phase<R> {
+    /// The claim is on its way to the store.
+    Pending,
+    /// The claim is durable.
+    Claimed(Arc<Record>),
+    Settled(Settlement<R>),
+}
+
+/// One key that is being worked on here.
+#[derive(Debug)]
+pub(super) struct Slot<R> {
+    phase: watch::Sender<Phase<R>>,
+    waiters: AtomicUsize,
+    /// The first caller has got its 504.
+    late: AtomicBool,
+    /// The request's body, for waiters that bear the same bytes: they then need no copy of their own.
+    body: Mutex<Option<Held>>,
+}
+
+impl<R: Clone> Slot<R> {
+    pub(super) fn claimed(&self) -> Option<Arc<Record>> {
+        match &*self.phase.borrow() {
+            Phase::Claimed(record) => Some(Arc::clone(record)),
+            _ => None,
+        }
+    }
+
+    pub(super) fn is_late(&self) -> bool {
+        self.late.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_late(&self) {
+        self.late.store(true, Ordering::Release);
+        *lock(&self.body) = None;
+    }
+
+    pub(super) fn set_claimed(&self, record: Arc<Record>) {
+        self.phase.send_replace(Phase::Claimed(record));
+    }
+
+    /// Exchanges `body` for the slot's own, if both hold the same bytes.
+    pub(super) fn share_body(&self, body: &mut Held) {
+        if let Some(held) = &*lock(&self.body)
+            && held.bytes == body.bytes
+        {
+            *body = held.clone();
+        }
+    }
+
+    /// Joins the waiters, unless there are `max` already. `unchecked`: the claim was not known yet, so the payload was
+    /// not compared with its; such a waiter shares nothing, it looks again once the claim is known.
+    pub(super) fn join(self: &Arc<Self>, max: usize, unchecked: bool) -> Option<Waiting<R>> {
+        let one_more = |count: usize| (count < max).then_some(count + 1);
+        self.waiters.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).ok()?;
+        Some(Waiting { slot: Arc::clone(self), unchecked })
+    }
+}
+
+/// A place among the waiters of a key; left when dropped.
+pub struct Waiting<R> {
+    slot: Arc<Slot<R>>,
+    unchecked: bool,
+}
+
+impl<R: Clone> Waiting<R> {
+    /// Waits until the key is settled.
+    ///
+    /// # Errors
+    /// [`StillInProgress`] at the deadline.
+    pub async fn settled(self, deadline: Instant) -> Result<Settlement<R>, StillInProgress> {
+        let mut phase = self.slot.phase.subscribe();
+        let changed = phase.wait_for(|phase| match phase {
+            Phase::Pending => false,
+            Phase::Claimed(_) => self.unchecked,
+            Phase::Settled(_) => true,
+        });
+        match tokio::time::timeout_at(deadline, changed).await {
+            Ok(Ok(phase)) => Ok(match &*phase {
+                Phase::Settled(settlement) if !self.unchecked => settlement.clone(),
+                _ => Settlement::Again,
+            }),
+            // The slot is held, so its sender cannot be gone; a newcomer's look is right in any case.
+            Ok(Err(_)) => Ok(Settlement::Again),
+            Err(_) => Err(StillInProgress { late: self.slot.is_late() }),
+        }
+    }
+}
+
+impl<R> Drop for Waiting<R> {
+    fn drop(&mut self) {
+        self.slot.waiters.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// The wait is over, the request still in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StillInProgress {
+    /// Its first caller has got a 504: it may take a while.
+    pub late: bool,
+}
+
+const SHARDS: usize = 64;
+
+/// All slots, by record id.
+pub(super) struct Slots<R> {
+    shards: [Mutex<HashMap<RecordId, Arc<Slot<R>>>>; SHARDS],
+}
+
+impl<R: Clone> Slots<R> {
+    pub(super) fn new() -> Self {
+        Self { shards: std::array::from_fn(|_| Mutex::new(HashMap::new())) }
+    }
+
+    /// The slot of `id`; or a new one, which then belongs to the caller.
+    pub(super) fn find_or_open(
+        self: &Arc<Self>,
+        id: RecordId,
+        body: impl FnOnce() -> Held,
+    ) -> Result<Arc<Slot<R>>, SlotOwner<R>> {
+        let mut shard = lock(self.shard(id));
+        if let Some(slot) = shard.get(&id) {
+            return Ok(Arc::clone(slot));
+        }
+        let slot = Arc::new(Slot {
+            phase: watch::Sender::new(Phase::Pending),
+            waiters: AtomicUsize::new(0),
+            late: AtomicBool::new(false),
+            body: Mutex::new(Some(body())),
+        });
+        shard.insert(id, Arc::clone(&slot));
+        Err(SlotOwner { slots: Arc::clone(self), id, slot, settled: false })
+    }
+
+    #[allow(clippy::indexing_slicing, reason = "the remainder is below the number of shards")]
+    fn shard(&self, id: RecordId) -> &Mutex<HashMap<RecordId, Arc<Slot<R>>>> {
+        let RecordId([first, ..]) = id;
+        &self.shards[usize::from(first) % SHARDS]
+    }
+}
+
+/// Owns a slot: settles it, if need be by being dropped.
+pub(super) struct SlotOwner<R: Clone> {
+    slots: Arc<Slots<R>>,
+    id: RecordId,
+    slot: Arc<Slot<R>>,
+    settled: bool,
+}
+
+impl<R: Clone> SlotOwner<R> {
+    pub(super) fn slot(&self) -> &Slot<R> {
+        &self.slot
+    }
+
+    pub(super) fn settle(mut self, settlement: Settlement<R>) {
+        self.finish(settlement);
+    }
+
+    fn finish(&mut self, settlement: Settlement<R>) {
+        self.settled = true;
+        // Out of the map first: who is woken must find the store's word, not this slot.
+        lock(self.slots.shard(self.id)).remove(&self.id);
+        self.slot.phase.send_replace(Phase::Settled(settlement));
+    }
+}
+
+impl<R: Clone> Drop for SlotOwner<R> {
+    fn drop(&mut self) {
+        if !self.settled {
+            self.finish(Settlement::Again);
+        }
+    }
+}
+
+/// A panic while a map was locked leaves the map itself whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

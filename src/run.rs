@@ -1,0 +1,234 @@
+//! Wires the parts together: store → recovery → listeners → serving → drain.
+
+use crate::admin::Admin;
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::gateway::identity::{self, RouteIdentity};
+use crate::gateway::scope::Secret;
+use crate::gateway::{Gateway, GatewayLedger};
+use crate::idempotency::Millis;
+use crate::ledger::{Ledger, tags};
+use crate::server::{Address, BindError, Listener, Server};
+use crate::store::{self, AnyStore, Health, OpenError, Store, StoreError};
+use crate::telemetry::{Metrics, Reading};
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Why the gateway did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error("the store refused a write at the start: {0}")]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    #[error(
+        "the configuration would give existing keys other ids, and every retry would be executed again:\n  {}\n\
+         Undo the change, or start once with --accept-new-identity if no client retries across it.",
+        .0.join("\n  ")
+    )]
+    Identity(Vec<String>),
+    #[error("the note of what makes ids in the store cannot be read ({0}); a newer oncegate may have written it")]
+    IdentityNote(serde_json::Error),
+    #[error("the operating system gave no randomness for the store's secret: {0}")]
+    Randomness(getrandom::Error),
+}
+
+impl StartError {
+    /// 2 for what the configuration says, 1 for everything else.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        if matches!(self, Self::Identity(_)) { 2 } else { 1 }
+    }
+}
+
+/// A gateway that serves.
+pub struct Running {
+    ledger: GatewayLedger,
+    server: Arc<Server>,
+    admin: Arc<Admin>,
+    drain_delay: Duration,
+    drain_timeout: Duration,
+    addresses: Vec<Address>,
+    admin_address: Address,
+}
+
+/// Opens the store, settles what an earlier run has left open, binds, and starts to serve. To be called within a runtime.
+///
+/// # Errors
+/// See [`StartError`]; nothing is left running then.
+pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running, StartError> {
+    let store = AnyStore::open(&config.store)?;
+    warn_of_new_store(&store, &config.store);
+    let secret = secret(&store)?;
+    note_identity(&store, &identity::of(&config.gateway.routes), accept_new_identity)?;
+    let metrics = Metrics::default();
+    let clock = Clock::system(Millis(store.newest_ms()));
+    let ledger: GatewayLedger = Ledger::new(store, clock, &config.ledger, metrics.clone());
+    recover(&ledger, &config).await?;
+
+    let mut listeners = Vec::new();
+    for address in &config.server.listen {
+        listeners.push(Listener::bind(address).await?);
+    }
+    let admin_listener = Listener::bind(&config.admin.listen).await?;
+    let admin_address = admin_listener.address();
+    let addresses = listeners.iter().map(Listener::address).collect::<Vec<_>>();
+
+    let gateway = Gateway::new(config.gateway, ledger.clone(), secret, metrics.clone());
+    let server = Server::new(Arc::clone(&gateway), config.server.limits, metrics.clone());
+    let read = reader(&ledger, &gateway);
+    let admin = Admin::new(metrics.registry(read.clone()), read);
+    let upstream = Arc::clone(gateway.upstream());
+    tokio::spawn(async move { upstream.close_idle().await });
+    let sweeper = ledger.clone();
+    tokio::spawn(async move { sweeper.sweep().await });
+    tokio::spawn(Arc::clone(&admin).serve(admin_listener));
+    tracing::info!(address = %admin_address, role = "admin", "listening");
+    for listener in listeners {
+        tracing::info!(address = %listener.address(), role = "server", "listening");
+        tokio::spawn(Arc::clone(&server).accept(listener));
+    }
+    let (drain_delay, drain_timeout) = (config.server.drain_delay, config.server.drain_timeout);
+    Ok(Running { ledger, server, admin, drain_delay, drain_timeout, addresses, admin_address })
+}
+
+impl Running {
+    /// Where clients are served.
+    #[must_use]
+    pub fn addresses(&self) -> &[Address] {
+        &self.addresses
+    }
+
+    #[must_use]
+    pub fn admin_address(&self) -> &Address {
+        &self.admin_address
+    }
+
+    /// Serves until `shutdown` is ready, then drains and closes the store.
+    pub async fn until(self, shutdown: impl Future<Output = ()>) {
+        shutdown.await;
+        tracing::info!("draining");
+        self.admin.set_draining();
+        self.server.drain(self.drain_delay, self.drain_timeout).await;
+        let ledger = self.ledger;
+        let _ = tokio::task::spawn_blocking(move || ledger.store().close()).await;
+        tracing::info!("stopped");
+    }
+}
+
+/// A store that is created where one was expected means that every key is new: a volume that is not mounted, say.
+fn warn_of_new_store(store: &AnyStore, options: &store::Options) {
+    if let store::Options::Embedded(embedded) = options
+        && store.status().created
+    {
+        let path = std::path::absolute(&embedded.path).unwrap_or_else(|_| embedded.path.clone());
+        tracing::warn!(path = %path.display(), "a new store was created: all keys are new to it");
+    }
+}
+
+/// Ready once the process is told to stop, by SIGTERM or SIGINT. The signals are caught from now on.
+///
+/// # Errors
+/// The operating system's.
+pub fn shutdown_signal() -> std::io::Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+/// A key made of parts: BLAKE3 of each part's length (64 bits, little-endian) and bytes in turn, so that no two lists of
+/// parts give the same key. Stable across versions.
+#[must_use]
+pub fn key_of_parts(parts: &[String]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    for part in parts {
+        hasher.update(&(part.len() as u64).to_le_bytes());
+        hasher.update(part.as_bytes());
+    }
+    *hasher.finalize().as_bytes()
+}
+
+/// The store's secret, made when the store is.
+fn secret(store: &AnyStore) -> Result<Secret, StartError> {
+    const NAME: &str = "secret";
+    if let Some(secret) = store.setting(NAME).and_then(|bytes| <[u8; 32]>::try_from(bytes.as_ref()).ok()) {
+        return Ok(Secret(secret));
+    }
+    let mut secret = [0; 32];
+    getrandom::fill(&mut secret).map_err(StartError::Randomness)?;
+    store.set_setting(NAME, &secret)?;
+    Ok(Secret(secret))
+}
+
+fn note_identity(store: &AnyStore, today: &[RouteIdentity], accept_new: bool) -> Result<(), StartError> {
+    const NAME: &str = "identity";
+    let noted: Vec<RouteIdentity> = match store.setting(NAME) {
+        Some(bytes) => serde_json::from_slice(&bytes).map_err(StartError::IdentityNote)?,
+        None => Vec::new(),
+    };
+    let all = match identity::compare(&noted, today) {
+        Ok(all) => all,
+        Err(changes) if accept_new => {
+            tracing::warn!(?changes, "new identity accepted: requests retried across this change are executed again");
+            today.to_vec()
+        }
+        Err(changes) => return Err(StartError::Identity(changes)),
+    };
+    if all != noted {
+        let note = serde_json::to_vec(&all).map_err(StartError::IdentityNote)?;
+        store.set_setting(NAME, &note)?;
+    }
+    Ok(())
+}
+
+/// Claims found at start belong to a process that died: their outcome is unknown.
+async fn recover(ledger: &GatewayLedger, config: &Config) -> Result<(), StartError> {
+    let routes = &config.gateway.routes;
+    let longest = routes.iter().map(|route| route.policy).max_by_key(|policy| policy.unknown_retention_ms);
+    let recovered = ledger
+        .recover(|pattern| {
+            let route = routes.iter().find(|route| route.pattern.as_str().as_bytes() == pattern);
+            route.map(|route| route.policy).or(longest)
+        })
+        .await?;
+    if recovered > 0 {
+        tracing::warn!(recovered, "requests were under way when the gateway died; their outcome is unknown");
+    }
+    Ok(())
+}
+
+fn reader(ledger: &GatewayLedger, gateway: &Arc<Gateway>) -> impl Fn() -> Reading + Clone + Send + Sync + 'static {
+    let (ledger, upstream) = (ledger.clone(), Arc::clone(gateway.upstream()));
+    move || {
+        let status = ledger.store_status();
+        let count = |tag: crate::store::Tag| status.entries.get(usize::from(tag.0)).copied().unwrap_or(0);
+        let oldest = status.oldest_ms.get(usize::from(tags::UNKNOWN.0)).copied().flatten();
+        let (cache_entries, cache_bytes) = ledger.cache_size();
+        Reading {
+            records_claimed: count(tags::CLAIMED),
+            records_completed: count(tags::COMPLETED),
+            records_unknown: count(tags::UNKNOWN),
+            oldest_unknown: oldest.map(|since| Duration::from_millis(ledger.now().since(Millis(since)))),
+            store_failed: status.health == Health::Failed,
+            store_full: status.health == Health::Full,
+            store_created: status.created,
+            store_queue: status.queue_len,
+            store_batches: status.batches,
+            store_batched_writes: status.batched_writes,
+            store_written_bytes: status.bytes_written,
+            store_swept: status.swept,
+            store_disk_bytes: status.disk_bytes,
+            cache_entries,
+            cache_bytes,
+            pool_idle: upstream.idle_connections() as u64,
+        }
+    }
+}

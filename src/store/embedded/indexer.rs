@@ -1,0 +1,86 @@
+//! The indexer: one thread that moves settled entries from memory to the index, in sorted bulks.
+
+use super::state::State;
+use super::{Durability, Shared, Tuning};
+use crate::store::RecordId;
+use crate::store::index::{Checkpoint, Located};
+use std::sync::{Arc, PoisonError};
+
+/// Whether enough waits to be worth a bulk, or replay at the next start would become long.
+fn is_due(state: &State, tuning: &Tuning) -> bool {
+    state.waiting >= tuning.index_bulk || state.waiting_bytes >= tuning.replay_bytes
+}
+
+/// Works until the store stops or fails.
+pub(super) fn run(shared: &Shared) {
+    loop {
+        let mut state = shared.state();
+        while !is_due(&state, &shared.tuning) {
+            if state.stopping {
+                return;
+            }
+            state = shared.wake_indexer.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if state.stopping || shared.failed().is_some() {
+            return;
+        }
+        drop(state);
+        if let Err(reason) = bulk(shared) {
+            shared.fail(reason);
+            return;
+        }
+    }
+}
+
+/// Moves all that waits.
+fn bulk(shared: &Shared) -> Result<(), String> {
+    let mut state = shared.state();
+    let (changes, checkpoint) = take(&mut state);
+    let active = state.segments.get(&state.end.position.segment).map(|segment| Arc::clone(&segment.segment));
+    drop(state);
+    // The index must never know more than the disk: it would then claim that acknowledged entries are gone.
+    if shared.options.durability == Durability::Relaxed {
+        // Segments before the active one were flushed when they were sealed.
+        active
+            .map_or(Ok(()), |active| active.file.sync_data())
+            .map_err(|error| format!("flushing the log: {error}"))?;
+    }
+    shared.index.apply(&changes, checkpoint).map_err(|error| error.to_string())?;
+    settle(&mut shared.state(), &changes);
+    shared.indexed.notify_all();
+    Ok(())
+}
+
+/// What the index has to learn, sorted, and how far it will have come then.
+pub(super) fn take(state: &mut State) -> (Vec<(RecordId, Option<Located>)>, Checkpoint) {
+    let mut changes = Vec::with_capacity(state.waiting);
+    for (id, slot) in &mut state.slots {
+        if slot.for_index() {
+            // From now on the index may hold it: its removal must reach the index as well.
+            slot.in_index = true;
+            changes.push((*id, slot.live.as_ref().map(|live| live.located)));
+        }
+    }
+    changes.sort_unstable_by_key(|(id, _)| *id);
+    state.waiting_bytes = 0;
+    let applied_to = state.end;
+    let oldest = state.unexpiring.first_key_value().map(|(position, _)| *position);
+    let replay_from = oldest.map_or(applied_to.position, |oldest| oldest.min(applied_to.position));
+    (changes, Checkpoint { replay_from, applied_to })
+}
+
+/// Forgets what the index now holds, unless it has changed since.
+pub(super) fn settle(state: &mut State, changes: &[(RecordId, Option<Located>)]) {
+    for (id, new) in changes {
+        let Some(slot) = state.slots.get(id) else { continue };
+        if slot.live.as_ref().map(|live| live.located) == *new {
+            state.slots.remove(id);
+            state.waiting = state.waiting.saturating_sub(1);
+        }
+    }
+    // A burst must not hold its memory for ever.
+    if state.slots.capacity() > 4 * state.slots.len().max(4096) {
+        let len = state.slots.len();
+        state.slots.shrink_to(2 * len);
+    }
+}

@@ -1,0 +1,626 @@
+//! Opening: the same way after a clean stop, a killed process and a power cut.
+//!
+//! 1. lock, settings, head, segments: what must be there is there.
+//! 2. Verify every frame of every segment, in two threads, while the index is opened and walked through in a third.
+//! 3. Judge: only what may be the torn end of a crash is cut off; anything else is refused.
+//! 4. Replay what lies behind the index's checkpoint into memory, or everything into a new index.
+
+use super::settings::{STORE_FILE, Settings};
+use super::space::{Space, Spare};
+use super::state::{Live, SegmentState, Slot, State};
+use super::{Counters, OpenError, Options, Shared, Tuning, index_dir, indexer, log_dir};
+use crate::store::files;
+use crate::store::index::sled::SledIndex;
+use crate::store::index::{Checkpoint, Index, IndexError, Located, Visitor};
+use crate::store::log::frame::{self, FRAME_HEADER, Kind, NEVER};
+use crate::store::log::scan::{self, FrameReader, Scanned, Tail, Verified};
+use crate::store::log::segment::{HeaderFault, SEGMENT_HEADER, Segment, StoreId};
+use crate::store::log::{HEAD_FILE, Head, LogPoint, Position};
+use crate::store::{OLDEST_TRACKED, RecordId, Tag};
+use bytes::Bytes;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+
+/// A store that only lacks its threads.
+pub(super) struct Recovered {
+    pub(super) shared: Shared,
+    pub(super) active: Arc<Segment>,
+    pub(super) capacity: u64,
+    pub(super) end: LogPoint,
+    pub(super) next_version: u64,
+}
+
+fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> OpenError + 'a {
+    move |source| OpenError::Io { what, path: path.to_owned(), source }
+}
+
+pub(super) fn open(options: &Options, tuning: Tuning) -> Result<Recovered, OpenError> {
+    let path = options.path.as_path();
+    let log_dir = log_dir(path);
+    if !options.create && !path.join(STORE_FILE).exists() && !log_dir.exists() {
+        return Err(OpenError::Missing { path: path.to_owned() });
+    }
+    files::create_dir(path).map_err(io_error("create", path))?;
+    let lock = lock(path)?;
+    let (settings, created) = settings(options, &log_dir, tuning)?;
+    let Log { head, mut segments, spare, end, next_version, newest_ms, index } = read_log(options, &log_dir, &settings, tuning)?;
+
+    let (index, state) = index_and_state(options, tuning, &settings, head, &mut segments, end, index)?;
+    let active = state.segments.get(&end.position.segment).map(|active| (active.segment.clone(), active.capacity));
+    let Some((active, capacity)) = active else {
+        let detail = "there is no active segment".to_owned();
+        return Err(OpenError::SegmentMissing { path: log_dir, detail });
+    };
+    let space = Space::new(&log_dir, settings.id, options.min_free_bytes, tuning.segment_bytes_min, spare);
+    let shared = Shared {
+        options: options.clone(),
+        tuning,
+        log_dir,
+        created,
+        state: Mutex::new(state),
+        index,
+        space,
+        settings: Mutex::new(settings),
+        failed: OnceLock::new(),
+        wake_indexer: Condvar::new(),
+        indexed: Condvar::new(),
+        newest_ms: AtomicU64::new(newest_ms),
+        counters: Counters::default(),
+        closing: AtomicBool::new(false),
+        _lock: lock,
+    };
+    Ok(Recovered { shared, active, capacity, end, next_version })
+}
+
+/// Locks the store for this process; the lock lives as long as the file.
+fn lock(path: &Path) -> Result<File, OpenError> {
+    let file = path.join("lock");
+    let lock = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&file);
+    let lock = lock.map_err(io_error("open", &file))?;
+    match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(lock),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(OpenError::Locked { path: path.to_owned() }),
+        Err(error) => Err(io_error("lock", &file)(error.into())),
+    }
+}
+
+/// Reads the settings, creating the store where there is none. Returns whether it was created.
+fn settings(options: &Options, log_dir: &Path, tuning: Tuning) -> Result<(Settings, bool), OpenError> {
+    let path = options.path.as_path();
+    let settings = match Settings::read(path)? {
+        Some(settings) if settings.initialised => return Ok((settings, false)),
+        // Its creation was interrupted: nothing can have been acknowledged.
+        Some(settings) => settings,
+        None if segment_numbers(log_dir)?.is_empty() && !log_dir.join(HEAD_FILE).exists() => {
+            if !options.create {
+                return Err(OpenError::Missing { path: path.to_owned() });
+            }
+            let id = files::random().map_err(io_error("create", path))?;
+            Settings { id, initialised: false, values: BTreeMap::new() }
+        }
+        None => return Err(OpenError::SettingsMissing { path: path.join(STORE_FILE) }),
+    };
+    for number in segment_numbers(log_dir)? {
+        let name = log_dir.join(Segment::file_name(number));
+        if let Ok(segment) = Segment::open(log_dir, number, settings.id).map_err(io_error("read", &name))? {
+            let verified = scan::verify(&segment, segment.uid).map_err(io_error("read", &name))?;
+            if verified.last_frame.is_some() {
+                return Err(OpenError::SettingsDamaged { path: path.join(STORE_FILE) });
+            }
+        }
+        std::fs::remove_file(&name).map_err(io_error("delete", &name))?;
+    }
+    let create = || {
+        settings.write(path)?;
+        files::create_dir(log_dir)?;
+        Segment::create(log_dir, 1, settings.id, tuning.segment_bytes_min)?;
+        Head { segment: 1, first_frame: 1, next_version: 1, newest_ms: 0 }.write(log_dir)?;
+        let settings = Settings { initialised: true, ..settings.clone() };
+        settings.write(path)?;
+        Ok(settings)
+    };
+    Ok((create().map_err(io_error("create", path))?, true))
+}
+
+fn segment_numbers(log_dir: &Path) -> Result<Vec<u32>, OpenError> {
+    let listing = match std::fs::read_dir(log_dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(io_error("list", log_dir))?,
+    };
+    let mut numbers = Vec::new();
+    for file in listing {
+        let file = file.map_err(io_error("list", log_dir))?;
+        numbers.extend(file.file_name().to_str().and_then(Segment::parse_name));
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+/// What the log has told.
+struct Log {
+    head: Head,
+    segments: BTreeMap<u32, SegmentState>,
+    spare: Option<Spare>,
+    end: LogPoint,
+    next_version: u64,
+    newest_ms: u64,
+    index: Opening,
+}
+
+/// The index, if there is one; why it cannot be used otherwise.
+type Opening = Result<Option<SledIndex>, IndexError>;
+
+fn read_log(options: &Options, log_dir: &Path, settings: &Settings, tuning: Tuning) -> Result<Log, OpenError> {
+    let head_file = log_dir.join(HEAD_FILE);
+    let head = match std::fs::read(&head_file) {
+        Ok(bytes) => Head::parse(&bytes).ok_or_else(|| damaged(&head_file, 0, "wrong checksum"))?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let detail = "it says where the log begins".to_owned();
+            return Err(OpenError::SegmentMissing { path: head_file, detail });
+        }
+        Err(source) => return Err(io_error("read", &head_file)(source)),
+    };
+    let (segments, interrupted) = open_segments(log_dir, &head, settings.id)?;
+    let (verified, index) = verify_all(&segments, options, settings.id);
+    let mut verified_segments = Vec::with_capacity(segments.len());
+    for (segment, verified) in segments.into_iter().zip(verified) {
+        let verified = verified.map_err(io_error("read", &segment.path))?;
+        verified_segments.push((segment, verified));
+    }
+    let (judged, spare) = judge(log_dir, verified_segments, &head)?;
+    if let Some(number) = interrupted {
+        // Nothing was ever written to it: judge() has seen that the segment before it is not sealed.
+        let path = log_dir.join(Segment::file_name(number));
+        std::fs::remove_file(&path).map_err(io_error("delete", &path))?;
+    }
+    finish(log_dir, judged, spare, head, index, tuning)
+}
+
+/// Opens the segments that count. A last one whose creation was interrupted is told by its number instead.
+fn open_segments(log_dir: &Path, head: &Head, store: StoreId) -> Result<(Vec<Segment>, Option<u32>), OpenError> {
+    let (left_over, numbers): (Vec<u32>, Vec<u32>) =
+        segment_numbers(log_dir)?.into_iter().partition(|&number| number < head.segment);
+    for number in left_over {
+        let path = log_dir.join(Segment::file_name(number));
+        std::fs::remove_file(&path).map_err(io_error("delete", &path))?;
+    }
+    let mut segments: Vec<Segment> = Vec::with_capacity(numbers.len());
+    let mut expected = head.segment;
+    let last = numbers.last().copied();
+    for number in numbers {
+        if number != expected {
+            return Err(missing(log_dir, expected, "later segments are there"));
+        }
+        expected += 1;
+        let path = log_dir.join(Segment::file_name(number));
+        match Segment::open(log_dir, number, store).map_err(io_error("open", &path))? {
+            Ok(segment) => segments.push(segment),
+            Err(HeaderFault::Blank) if Some(number) == last && !segments.is_empty() => {
+                return Ok((segments, Some(number)));
+            }
+            Err(HeaderFault::Blank) => return Err(damaged(&path, 0, "the file is empty or blank")),
+            Err(HeaderFault::Damaged) => return Err(damaged(&path, 0, "wrong checksum over the segment's header")),
+            Err(HeaderFault::Foreign) => {
+                return Err(damaged(&path, 0, "the segment's header names another segment or another store"));
+            }
+            Err(HeaderFault::Format(version)) => return Err(OpenError::Format { path, version }),
+        }
+    }
+    if segments.is_empty() {
+        return Err(missing(log_dir, head.segment, "the log begins with it"));
+    }
+    Ok((segments, None))
+}
+
+/// Verifies all segments in two threads; the index is opened in a third.
+fn verify_all(segments: &[Segment], options: &Options, store: StoreId) -> (Vec<io::Result<Verified>>, Opening) {
+    let next = AtomicUsize::new(0);
+    let results: Mutex<Vec<(usize, io::Result<Verified>)>> = Mutex::new(Vec::with_capacity(segments.len()));
+    let work = || {
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(segment) = segments.get(at) else { return };
+            let verified = scan::verify(segment, segment.uid);
+            results.lock().unwrap_or_else(PoisonError::into_inner).push((at, verified));
+        }
+    };
+    let index_path = index_dir(&options.path);
+    let index = std::thread::scope(|scope| {
+        let index = scope.spawn(|| match index_path.exists() {
+            true => SledIndex::open(&index_path, store).map(Some),
+            false => Ok(None),
+        });
+        scope.spawn(work);
+        work();
+        index.join().unwrap_or_else(|_| Err(IndexError("opening it has panicked".to_owned())))
+    });
+    let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+    results.sort_by_key(|(at, _)| *at);
+    (results.into_iter().map(|(_, verified)| verified).collect(), index)
+}
+
+/// Tells torn from damaged. Returns the segments in use and the spare one; what was torn is cut off.
+fn judge(
+    log_dir: &Path,
+    verified: Vec<(Segment, Verified)>,
+    head: &Head,
+) -> Result<(Vec<(Segment, Verified)>, Option<Segment>), OpenError> {
+    let mut in_use = Vec::with_capacity(verified.len());
+    let mut expected = head.first_frame;
+    let mut remaining = verified.into_iter();
+    for (segment, mut verified) in remaining.by_ref() {
+        let path = &segment.path;
+        if let Some(found) = verified.first_frame.filter(|&found| found != expected) {
+            return Err(damaged(path, SEGMENT_HEADER, &format!("frame number {found} where {expected} must follow")));
+        }
+        expected = verified.last_frame.map_or(expected, |(number, _)| number + 1);
+        if let Tail::Impossible(detail) = &verified.tail {
+            return Err(damaged(path, verified.end, detail));
+        }
+        if verified.sealed {
+            in_use.push((segment, verified));
+            continue;
+        }
+        // The segment that was written to. Behind it there can only be an unused one.
+        let spare = match remaining.next() {
+            None => None,
+            Some((spare, unused)) => {
+                let search = FrameReader::new(&spare, spare.uid).find(SEGMENT_HEADER);
+                let unused = unused.first_frame.is_none()
+                    && search.map_err(io_error("read", &spare.path))?.valid.is_none()
+                    && remaining.next().is_none();
+                if !unused {
+                    let why = tail_text(&verified.tail);
+                    let detail = format!("{why}, but later segments hold entries");
+                    return Err(damaged(path, verified.end, &detail));
+                }
+                Some(spare)
+            }
+        };
+        cut_torn_end(&segment, &mut verified)?;
+        in_use.push((segment, verified));
+        return Ok((in_use, spare));
+    }
+    let last = in_use.last().map_or(head.segment, |(segment, _)| segment.number);
+    Err(missing(log_dir, last + 1, "the segment before it ends with a seal, which is written once this one exists"))
+}
+
+fn tail_text(tail: &Tail) -> &str {
+    match tail {
+        Tail::Clean => "the entries end here without a seal",
+        Tail::Invalid(why) => why,
+        Tail::Impossible(detail) => detail,
+    }
+}
+
+/// Cuts what is not a valid frame off the end of the segment that was written to, if nothing valid lies behind it.
+fn cut_torn_end(segment: &Segment, verified: &mut Verified) -> Result<(), OpenError> {
+    let path = &segment.path;
+    let mut reader = FrameReader::new(segment, segment.uid);
+    let search = reader.find(verified.end).map_err(io_error("read", path))?;
+    if let Some((offset, header)) = search.valid {
+        // Without a flush per frame, a power cut leaves any of them missing, and that was accepted.
+        if !scan::is_relaxed(&header) {
+            let why = tail_text(&verified.tail);
+            return Err(damaged(path, verified.end, &format!("{why}, but a valid frame follows at offset {offset}")));
+        }
+        tracing::error!(
+            segment = %path.display(), offset = verified.end,
+            "a power cut has lost entries that were acknowledged without a flush (durability = \"relaxed\")"
+        );
+    } else if search.data {
+        tracing::warn!(
+            segment = %path.display(), offset = verified.end, reason = tail_text(&verified.tail),
+            "cut off the torn end of the log: writes that were under way when the process or the machine stopped"
+        );
+    }
+    if search.data {
+        let capacity = segment.len().map_err(io_error("read", path))?;
+        segment.cut(verified.end, capacity).map_err(io_error("cut the torn end off", path))?;
+    }
+    verified.tail = Tail::Clean;
+    // What a killed process had written but not flushed is about to be told to callers.
+    segment.file.sync_all().map_err(io_error("flush", path))
+}
+
+fn finish(
+    log_dir: &Path,
+    judged: Vec<(Segment, Verified)>,
+    spare: Option<Segment>,
+    head: Head,
+    index: Opening,
+    tuning: Tuning,
+) -> Result<Log, OpenError> {
+    let mut segments = BTreeMap::new();
+    let mut log = LogPoint { position: Position { segment: head.segment, offset: 0 }, frame: head.first_frame };
+    let (mut next_version, mut newest_ms) = (head.next_version, head.newest_ms);
+    for (segment, verified) in judged {
+        let capacity = segment.len().map_err(io_error("read", &segment.path))?;
+        let too_large = || damaged(&segment.path, verified.end, "the segment is too large");
+        let offset = u32::try_from(verified.end).map_err(|_| too_large())?;
+        let first_version = next_version;
+        let first_frame = log.frame;
+        if let Some((number, version)) = verified.last_frame {
+            (log.frame, next_version) = (number + 1, next_version.max(version));
+        }
+        log.position = Position { segment: segment.number, offset };
+        newest_ms = newest_ms.max(verified.newest_ms);
+        let number = segment.number;
+        let state = SegmentState {
+            segment: Arc::new(segment),
+            end: verified.end,
+            capacity,
+            first_frame,
+            first_version,
+            expiry: verified.expiry,
+            swept_until_ms: 0,
+        };
+        segments.insert(number, state);
+    }
+    let spare = match spare {
+        None => None,
+        Some(spare) => {
+            let capacity = spare.len().map_err(io_error("read", &spare.path))?;
+            // One that is too small to be of use, or not blank, is made anew.
+            let search = FrameReader::new(&spare, spare.uid).find(SEGMENT_HEADER);
+            if capacity < tuning.segment_bytes_min || search.map_err(io_error("read", &spare.path))?.data {
+                std::fs::remove_file(&spare.path).map_err(io_error("delete", &spare.path))?;
+                files::sync_dir(log_dir).map_err(io_error("flush", log_dir))?;
+                None
+            } else {
+                Some((spare, capacity))
+            }
+        }
+    };
+    Ok(Log { head, segments, spare, end: log, next_version, newest_ms, index })
+}
+
+fn damaged(path: &Path, offset: u64, detail: &str) -> OpenError {
+    OpenError::Damaged { path: path.to_owned(), offset, detail: detail.to_owned() }
+}
+
+fn missing(log_dir: &Path, number: u32, detail: &str) -> OpenError {
+    OpenError::SegmentMissing { path: log_dir.join(Segment::file_name(number)), detail: detail.to_owned() }
+}
+
+/// Brings index and memory to where the log ends.
+fn index_and_state(
+    options: &Options,
+    tuning: Tuning,
+    settings: &Settings,
+    head: Head,
+    segments: &mut BTreeMap<u32, SegmentState>,
+    end: LogPoint,
+    index: Opening,
+) -> Result<Usable, OpenError> {
+    let path = index_dir(&options.path);
+    let why = match use_index(options, head, segments, end, index)? {
+        Ok(usable) => return Ok(usable),
+        Err(why) => why,
+    };
+    // A store that has just been created has none, and that is no news.
+    if path.exists() || end.frame > 1 {
+        tracing::warn!(index = %path.display(), reason = why, "rebuilding the index from the log");
+    }
+    rebuild(tuning, settings, head, std::mem::take(segments), end, &path)
+}
+
+type Usable = (Box<dyn Index>, State);
+
+/// Replays what the index has not heard of. The inner error says why the index is of no use.
+fn use_index(
+    options: &Options,
+    head: Head,
+    segments: &mut BTreeMap<u32, SegmentState>,
+    end: LogPoint,
+    index: Opening,
+) -> Result<Result<Usable, String>, OpenError> {
+    let index = match index {
+        Ok(Some(index)) => index,
+        Ok(None) => return Ok(Err("it is missing".to_owned())),
+        Err(error) => return Ok(Err(error.to_string())),
+    };
+    let Ok(Some(checkpoint)) = index.checkpoint() else {
+        return Ok(Err("it holds no valid checkpoint of this store".to_owned()));
+    };
+    if checkpoint.applied_to.frame > end.frame {
+        return Err(OpenError::LogBehindIndex {
+            path: log_dir(&options.path),
+            index: index_dir(&options.path),
+            log_frame: end.frame,
+            index_frame: checkpoint.applied_to.frame,
+        });
+    }
+    let mut state = State::with(std::mem::take(segments), end);
+    let from = checkpoint.replay_from.max(log_start(&head));
+    let matches = replay(&mut state, from, Some(checkpoint.applied_to), &mut |_, _| Ok(()))?;
+    let why = match matches {
+        false => "its checkpoint does not match the log".to_owned(),
+        true => match survey(&mut state, &index) {
+            Ok(()) => return Ok(Ok((Box::new(index), state))),
+            Err(error) => error.to_string(),
+        },
+    };
+    *segments = state.segments;
+    Ok(Err(why))
+}
+
+fn log_start(head: &Head) -> Position {
+    Position { segment: head.segment, offset: SEGMENT_HEADER as u32 }
+}
+
+/// Builds a new index from the whole log.
+fn rebuild(
+    tuning: Tuning,
+    settings: &Settings,
+    head: Head,
+    segments: BTreeMap<u32, SegmentState>,
+    end: LogPoint,
+    path: &Path,
+) -> Result<Usable, OpenError> {
+    let start = log_start(&head);
+    let no_index = |error: IndexError| OpenError::Index { path: path.to_owned(), detail: error.to_string() };
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        other => other.map_err(io_error("delete", path))?,
+    }
+    let index = SledIndex::open(path, settings.id).map_err(no_index)?;
+    let begin = LogPoint { position: start, frame: head.first_frame };
+    index.apply(&[], Checkpoint { replay_from: start, applied_to: begin }).map_err(no_index)?;
+    let mut state = State::with(segments, end);
+    replay(&mut state, start, None, &mut |state, reached| {
+        if state.waiting >= tuning.index_bulk {
+            state.end = reached;
+            let (changes, checkpoint) = indexer::take(state);
+            index.apply(&changes, checkpoint).map_err(no_index)?;
+            indexer::settle(state, &changes);
+        }
+        Ok(())
+    })?;
+    state.end = end;
+    survey(&mut state, &index).map_err(no_index)?;
+    Ok((Box::new(index), state))
+}
+
+type Progress<'a> = dyn FnMut(&mut State, LogPoint) -> Result<(), OpenError> + 'a;
+
+/// Reads the log from `from` to the end into memory. Returns whether a frame begins at `known`, as it must.
+fn replay(
+    state: &mut State,
+    from: Position,
+    known: Option<LogPoint>,
+    progress: &mut Progress<'_>,
+) -> Result<bool, OpenError> {
+    let segments: Vec<_> =
+        state.segments.range(from.segment..).map(|(_, segment)| (segment.segment.clone(), segment.end)).collect();
+    // A place in a segment that has been retired meanwhile cannot be compared, and needs not be.
+    let oldest = state.segments.first_key_value().map_or(0, |(&number, _)| number);
+    let mut matches = known.is_none_or(|known| known.position.segment < oldest || known == state.end);
+    for (segment, end) in segments {
+        let mut reader = FrameReader::new(&*segment, segment.uid);
+        let mut at = SEGMENT_HEADER;
+        while at < end {
+            let (header, payload) = match reader.frame(at).map_err(io_error("read", &segment.path))? {
+                Scanned::Frame(header, payload) => (header, payload),
+                // It was valid a moment ago.
+                _ => return Err(damaged(&segment.path, at, "a frame has changed while it was read")),
+            };
+            let position = |offset: u64| Position {
+                segment: segment.number,
+                offset: u32::try_from(offset).unwrap_or(u32::MAX),
+            };
+            matches |= known == Some(LogPoint { position: position(at), frame: header.number });
+            let next = at + (FRAME_HEADER + payload.len()) as u64;
+            matches |= known == Some(LogPoint { position: position(next), frame: header.number + 1 });
+            if position(next) > from {
+                for (offset, entry) in frame::entries(payload).flatten() {
+                    let position = position(at + (FRAME_HEADER + offset) as u64);
+                    let live = (entry.kind != Kind::Remove).then(|| Live {
+                        located: Located {
+                            position,
+                            len: u32::try_from(entry.value.len()).unwrap_or(u32::MAX),
+                            tag: entry.tag,
+                            version: entry.version,
+                            expires_at_ms: entry.expires_at_ms,
+                        },
+                        time_ms: entry.time_ms,
+                        value: (entry.expires_at_ms == NEVER).then(|| Bytes::copy_from_slice(entry.value)),
+                    });
+                    state.set(entry.id, live, true);
+                }
+                state.waiting_bytes += next - at;
+                progress(state, LogPoint { position: position(next), frame: header.number + 1 })?;
+            }
+            at = next;
+        }
+    }
+    Ok(matches)
+}
+
+/// What a walk through a part of the index has found.
+#[derive(Default)]
+struct Part {
+    /// Entries that no slot hides.
+    counted: Vec<u64>,
+    tracked: Vec<(u64, Position)>,
+    hidden: Vec<RecordId>,
+    /// Entries of retired segments: the index has not heard that they are gone.
+    stale: Vec<RecordId>,
+    /// An entry in a segment that does not exist.
+    impossible: bool,
+}
+
+/// Walks through the index once: it is compared with its checkpoint, the counts come to tell what index and memory
+/// hold together, and each slot whether it hides something in the index.
+fn survey(state: &mut State, index: &dyn Index) -> Result<(), IndexError> {
+    let (oldest, newest) = (state.segments.keys().next().copied().unwrap_or(0), state.end.position.segment);
+    let mut parts = [Part::default(), Part::default()];
+    let slots = &state.slots;
+    let mut visitors: Vec<Visitor<'_>> = Vec::with_capacity(parts.len());
+    for part in &mut parts {
+        part.counted = vec![0; Tag::COUNT];
+        visitors.push(Box::new(|id: RecordId, located: Located| {
+            if located.position.segment > newest {
+                part.impossible = true;
+            } else if slots.contains_key(&id) {
+                part.hidden.push(id);
+            } else if located.position.segment < oldest {
+                part.stale.push(id);
+            } else {
+                if let Some(count) = part.counted.get_mut(usize::from(located.tag.0)) {
+                    *count += 1;
+                }
+                if located.tag == OLDEST_TRACKED {
+                    part.tracked.push((located.version, located.position));
+                }
+            }
+        }));
+    }
+    index.survey(&mut visitors)?;
+    drop(visitors);
+    if parts.iter().any(|part| part.impossible) {
+        return Err(IndexError("it names segments that do not exist".to_owned()));
+    }
+    let mut slots = std::mem::take(&mut state.slots);
+    slots.values_mut().for_each(|slot| slot.in_index = false);
+    for part in parts {
+        for (count, counted) in state.counts.iter_mut().zip(part.counted) {
+            *count += counted;
+        }
+        state.tracked.extend(part.tracked);
+        for id in part.hidden {
+            slots.entry(id).and_modify(|slot| slot.in_index = true);
+        }
+        for id in part.stale {
+            slots.insert(id, Slot { live: None, in_index: true });
+        }
+    }
+    // A removal that hides nothing is of no use any more.
+    slots.retain(|_, slot| slot.live.is_some() || slot.in_index);
+    for live in slots.values().filter_map(|slot| slot.live.as_ref()) {
+        state.count(&live.located);
+    }
+    state.waiting = slots.values().filter(|slot| slot.for_index()).count();
+    state.slots = slots;
+    Ok(())
+}
+
+impl State {
+    fn with(segments: BTreeMap<u32, SegmentState>, end: LogPoint) -> Self {
+        Self {
+            slots: HashMap::new(),
+            waiting: 0,
+            waiting_bytes: 0,
+            unexpiring: BTreeMap::new(),
+            tracked: BTreeMap::new(),
+            counts: [0; Tag::COUNT],
+            segments,
+            end,
+            stopping: false,
+        }
+    }
+}

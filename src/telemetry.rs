@@ -1,0 +1,293 @@
+//! Every metric name, in one file; and the set-up of logging.
+
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric};
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How a request ended, as dashboards see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "label values as users see them")]
+pub enum Outcome {
+    /// Passed through untouched.
+    passed,
+    /// Claimed and sent upstream.
+    forwarded,
+    /// Answered from the record.
+    replayed,
+    /// Answered with the result of a request that was in flight.
+    waited,
+    in_progress,
+    key_reused,
+    outcome_unknown,
+    body_not_recorded,
+    /// Refused: the request or its key is not acceptable.
+    rejected,
+    /// Refused or broken off for want of the store, the upstream or room.
+    failed,
+}
+
+const OUTCOMES: [Outcome; 10] = [
+    Outcome::passed,
+    Outcome::forwarded,
+    Outcome::replayed,
+    Outcome::waited,
+    Outcome::in_progress,
+    Outcome::key_reused,
+    Outcome::outcome_unknown,
+    Outcome::body_not_recorded,
+    Outcome::rejected,
+    Outcome::failed,
+];
+
+impl Outcome {
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::passed => "passed",
+            Self::forwarded => "forwarded",
+            Self::replayed => "replayed",
+            Self::waited => "waited",
+            Self::in_progress => "in_progress",
+            Self::key_reused => "key_reused",
+            Self::outcome_unknown => "outcome_unknown",
+            Self::body_not_recorded => "body_not_recorded",
+            Self::rejected => "rejected",
+            Self::failed => "failed",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    route: String,
+    result: Outcome,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StateLabel {
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SettledLabel {
+    outcome: &'static str,
+}
+
+/// A route's counters, looked up once at start so that a request costs one atomic increment.
+#[derive(Clone, Debug)]
+pub struct RouteMetrics([Counter; OUTCOMES.len()]);
+
+impl RouteMetrics {
+    pub fn count(&self, outcome: Outcome) {
+        if let Some(counter) = self.0.get(outcome as usize) {
+            counter.inc();
+        }
+    }
+}
+
+/// Everything that is counted or measured while serving.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    requests: Family<RequestLabels, Counter>,
+    settled: Family<SettledLabel, Counter>,
+    pub settled_final: Counter,
+    pub settled_not_executed: Counter,
+    pub settled_unknown: Counter,
+    pub settle_failures: Counter,
+    /// Time to the complete response of a claimed forward, or to the head of a passed one.
+    pub upstream_seconds: Histogram,
+    pub claim_seconds: Histogram,
+    pub settle_seconds: Histogram,
+    pub cache_hits: Counter,
+    pub cache_misses: Counter,
+    pub waiters: Gauge,
+    pub upstream_in_flight: Gauge,
+    pub upstream_connections: Counter,
+    pub upstream_reused: Counter,
+    pub connections: Gauge,
+    pub connections_refused: Counter,
+    pub buffered_bytes: Gauge,
+    pub unrecorded_passes: Counter,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        // 50 µs to 52 s.
+        let seconds = || Histogram::new(exponential_buckets(0.000_05, 2.0, 21));
+        let settled = Family::<SettledLabel, Counter>::default();
+        let by_outcome = |outcome| settled.get_or_create_owned(&SettledLabel { outcome });
+        Self {
+            requests: Family::default(),
+            settled_final: by_outcome("final"),
+            settled_not_executed: by_outcome("not_executed"),
+            settled_unknown: by_outcome("unknown"),
+            settled,
+            settle_failures: Counter::default(),
+            upstream_seconds: seconds(),
+            claim_seconds: seconds(),
+            settle_seconds: seconds(),
+            cache_hits: Counter::default(),
+            cache_misses: Counter::default(),
+            waiters: Gauge::default(),
+            upstream_in_flight: Gauge::default(),
+            upstream_connections: Counter::default(),
+            upstream_reused: Counter::default(),
+            connections: Gauge::default(),
+            connections_refused: Counter::default(),
+            buffered_bytes: Gauge::default(),
+            unrecorded_passes: Counter::default(),
+        }
+    }
+}
+
+impl Metrics {
+    /// The counters of one route; `-` is what matches no route.
+    #[must_use]
+    pub fn route(&self, route: &str) -> RouteMetrics {
+        RouteMetrics(OUTCOMES.map(|result| {
+            let labels = RequestLabels { route: route.to_owned(), result };
+            self.requests.get_or_create_owned(&labels)
+        }))
+    }
+
+    /// Registers everything under its public name.
+    #[must_use]
+    pub fn registry(&self, gauges: impl Fn() -> Reading + Send + Sync + 'static) -> Registry {
+        let mut registry = Registry::with_prefix("oncegate");
+        registry.register("requests", "Requests by route and result", self.requests.clone());
+        registry.register("settled", "Claims settled, by outcome", self.settled.clone());
+        registry.register("settle_failures", "Outcomes that could not be recorded", self.settle_failures.clone());
+        for (name, help, histogram) in [
+            ("upstream", "Upstream response time", &self.upstream_seconds),
+            ("claim", "Time to claim a key durably", &self.claim_seconds),
+            ("settle", "Time to settle a claim durably", &self.settle_seconds),
+        ] {
+            registry.register_with_unit(name, help, Unit::Seconds, histogram.clone());
+        }
+        registry.register("cache_hits", "Requests decided from the hot cache", self.cache_hits.clone());
+        registry.register("cache_misses", "Requests not found in the hot cache", self.cache_misses.clone());
+        registry.register("waiters", "Duplicates waiting for a request in flight", self.waiters.clone());
+        registry.register(
+            "upstream_in_flight",
+            "Claimed forwards under way, late ones included",
+            self.upstream_in_flight.clone(),
+        );
+        registry.register(
+            "upstream_connections",
+            "Connections made to the upstream",
+            self.upstream_connections.clone(),
+        );
+        registry.register("upstream_reused", "Requests sent over a pooled connection", self.upstream_reused.clone());
+        registry.register("connections", "Open client connections", self.connections.clone());
+        registry.register("connections_refused", "Connections over the limit", self.connections_refused.clone());
+        registry.register("buffered_bytes", "Bodies held in memory, in bytes", self.buffered_bytes.clone());
+        registry.register(
+            "unrecorded_passes",
+            "Keyed requests forwarded without a record, by on_store_error",
+            self.unrecorded_passes.clone(),
+        );
+        registry.register_collector(Box::new(Scrape(Arc::new(gauges))));
+        registry
+    }
+}
+
+/// What is read at the moment of a scrape.
+#[derive(Clone, Debug, Default)]
+pub struct Reading {
+    pub records_claimed: u64,
+    pub records_completed: u64,
+    pub records_unknown: u64,
+    pub oldest_unknown: Option<Duration>,
+    pub store_failed: bool,
+    pub store_full: bool,
+    pub store_created: bool,
+    pub store_queue: u64,
+    pub store_batches: u64,
+    pub store_batched_writes: u64,
+    pub store_written_bytes: u64,
+    pub store_swept: u64,
+    pub store_disk_bytes: u64,
+    pub cache_entries: u64,
+    pub cache_bytes: u64,
+    pub pool_idle: u64,
+}
+
+struct Scrape(Arc<dyn Fn() -> Reading + Send + Sync>);
+
+impl fmt::Debug for Scrape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Scrape")
+    }
+}
+
+impl prometheus_client::collector::Collector for Scrape {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let r = (self.0)();
+        let metric = ConstGauge::new(0_i64);
+        let mut records = encoder.encode_descriptor("records", "Records by state", None, metric.metric_type())?;
+        for (state, count) in
+            [("claimed", r.records_claimed), ("completed", r.records_completed), ("unknown", r.records_unknown)]
+        {
+            let labels = StateLabel { state };
+            ConstGauge::new(as_i64(count)).encode(records.encode_family(&labels)?)?;
+        }
+        for (name, help, value) in [
+            (
+                "oldest_unknown_seconds",
+                "Age of the oldest record whose outcome is unknown; 0 if there is none",
+                r.oldest_unknown.map_or(0, |age| age.as_secs()),
+            ),
+            ("store_failed", "1 once the store has failed for good: restart the gateway", u64::from(r.store_failed)),
+            ("store_full", "1 while the disk is too full for new claims", u64::from(r.store_full)),
+            ("store_created", "1 if this start created the store", u64::from(r.store_created)),
+            ("store_queue", "Operations waiting for the committer", r.store_queue),
+            ("store_disk_bytes", "Disk space of the store", r.store_disk_bytes),
+            ("cache_entries", "Records in the hot cache", r.cache_entries),
+            ("cache_bytes", "Bytes in the hot cache", r.cache_bytes),
+            ("upstream_idle_connections", "Pooled connections waiting for a request", r.pool_idle),
+        ] {
+            let gauge = ConstGauge::new(as_i64(value));
+            gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)?;
+        }
+        for (name, help, value) in [
+            ("store_batches", "Groups of writes committed together", r.store_batches),
+            ("store_batched_writes", "Writes committed", r.store_batched_writes),
+            ("store_written_bytes", "Bytes written to the log", r.store_written_bytes),
+            ("store_swept", "Expired records removed", r.store_swept),
+        ] {
+            let counter = ConstCounter::new(value);
+            counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
+        }
+        let build = ConstGauge::new(1_i64);
+        let mut info = encoder.encode_descriptor("build_info", "The running version", None, build.metric_type())?;
+        build.encode(info.encode_family(&[("version", env!("CARGO_PKG_VERSION"))])?)
+    }
+}
+
+fn as_i64(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+/// How log lines are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// Sends log lines to standard error; `RUST_LOG` selects them (default `info`). Does nothing if a subscriber is set.
+pub fn init_logging(format: LogFormat) {
+    use tracing_subscriber::{EnvFilter, fmt};
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let _ = match format {
+        LogFormat::Text => builder.with_ansi(false).try_init(),
+        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+    };
+}
