@@ -362,10 +362,10 @@ impl Model {
                 }
             }
             (Some(Mutant::UnknownIsFree), Event::Arrive { .. }, _) => policy.unknown_outcome = UnknownOutcome::Forward,
-            (Some(Mutant::ExpiresEarly), Event::Arrive { .. }, Some(record)) => {
-                if record.expires_at().is_some_and(|at| at <= NOW.plus(1)) {
-                    stored = None;
-                }
+            (Some(Mutant::ExpiresEarly), Event::Arrive { .. }, Some(record))
+                if record.expires_at().is_some_and(|at| at <= NOW.plus(1)) =>
+            {
+                stored = None;
             }
             (Some(Mutant::StaleTokenSettles), Event::Settle { token, .. }, Some(record)) => *token = record.token,
             (Some(Mutant::StaleTokenRenews), Event::Renew { token }, Some(record)) => *token = record.token,

@@ -208,8 +208,7 @@ impl Parser<'_> {
         self.rest = self.rest.strip_prefix(b"\"")?;
         self.out.push(b'"');
         loop {
-            let plain = self.rest.iter().position(|byte| matches!(byte, b'"' | b'\\' | 0..0x20))?;
-            let (text, rest) = self.rest.split_at_checked(plain)?;
+            let (text, rest) = self.rest.split_at_checked(plain_len(self.rest))?;
             self.out.extend_from_slice(text);
             match rest {
                 [b'"', rest @ ..] => {
@@ -279,6 +278,26 @@ impl Parser<'_> {
     }
 }
 
+/// How many bytes stand before the next quotation mark, backslash or control character. Looks at eight bytes at once: a
+/// byte of `found` has its high bit set if it is one of those, or comes after one.
+fn plain_len(text: &[u8]) -> usize {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    const HIGH: u64 = ONES << 7;
+    let (words, tail) = text.as_chunks::<8>();
+    for (at, word) in words.iter().enumerate() {
+        let word = u64::from_le_bytes(*word);
+        let below = |word: u64, limit: u8| word.wrapping_sub(ONES * u64::from(limit)) & !word;
+        let quote = below(word ^ (ONES * u64::from(b'"')), 1);
+        let backslash = below(word ^ (ONES * u64::from(b'\\')), 1);
+        let found = (quote | backslash | below(word, b' ')) & HIGH;
+        if found != 0 {
+            return at * 8 + found.trailing_zeros() as usize / 8;
+        }
+    }
+    let plain = tail.iter().take_while(|byte| !matches!(byte, b'"' | b'\\' | 0..0x20)).count();
+    words.len() * 8 + plain
+}
+
 /// What comes after one digit or more.
 fn skip_digits(text: &[u8]) -> Option<&[u8]> {
     let digits = text.iter().take_while(|byte| byte.is_ascii_digit()).count();
@@ -297,4 +316,39 @@ fn step_into<'p>(ignore: &[&'p [String]], token: &[u8]) -> Vec<&'p [String]> {
 
 fn names_this(ignore: &[&[String]]) -> bool {
     ignore.iter().any(|pointer| pointer.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn plain_len_byte_by_byte(text: &[u8]) -> usize {
+        text.iter().take_while(|byte| **byte >= 0x20 && **byte != b'"' && **byte != b'\\').count()
+    }
+
+    #[test]
+    fn every_byte_at_every_place_ends_plain_text_or_does_not() {
+        for len in 0..=17 {
+            for at in 0..len {
+                for byte in 0..=u8::MAX {
+                    let mut text = vec![b'a'; len];
+                    text[at] = byte;
+                    assert_eq!(plain_len(&text), plain_len_byte_by_byte(&text), "{}", text.escape_ascii());
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Bytes one bit away from those that end plain text, in all neighbourhoods.
+        #[test]
+        fn plain_text_ends_where_it_ends_byte_by_byte(
+            text in prop::collection::vec(prop::sample::select(&b"\x00\x1f\x20\x21\x22\x23\x5b\x5c\x5d\x80\x9f\xa0\xa2\xdc\xffaaaaaaaa"[..]), 0..40),
+        ) {
+            prop_assert_eq!(plain_len(&text), plain_len_byte_by_byte(&text));
+        }
+    }
 }
