@@ -238,7 +238,8 @@ impl Shared {
         if state.waiting >= self.tuning.index_bulk || state.waiting_bytes >= self.tuning.replay_bytes {
             self.wake_indexer.notify_one();
         }
-        while state.waiting >= self.tuning.index_bulk.saturating_mul(10) && self.failed.get().is_none() {
+        let too_many = self.tuning.index_bulk.saturating_mul(10);
+        while state.waiting >= too_many && self.failed.get().is_none() && !self.space.index_waits() {
             state = self.indexed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
