@@ -157,7 +157,11 @@ fn a_torn_tail_is_cut_off_at_every_byte() {
             let _ = std::fs::remove_dir_all(&torn);
             copy_dir(&after, &torn);
             let mut bytes = new.clone();
-            if truncate { bytes.truncate(cut) } else { bytes[cut..].fill(0) }
+            if truncate {
+                bytes.truncate(cut)
+            } else {
+                bytes[cut..].fill(0)
+            }
             // Bytes that are zero anyway may be missing; where the file ends early, the frame's padding must be there.
             let whole = cut == end && !truncate;
             std::fs::write(torn.join(&name), &bytes).unwrap();
@@ -885,7 +889,9 @@ impl Model {
     async fn look(&self, n: u64) -> Option<Entry> {
         let found = self.store().get(id(n)).await.unwrap();
         match self.held.get(&n) {
-            Some(entry) if self.expired(entry) => assert!(found.is_none() || found.as_ref() == Some(entry), "{n}: {found:?}"),
+            Some(entry) if self.expired(entry) => {
+                assert!(found.is_none() || found.as_ref() == Some(entry), "{n}: {found:?}")
+            }
             held => assert_eq!(found.as_ref(), held, "{n}"),
         }
         found
@@ -909,7 +915,8 @@ impl Model {
             Step::Settle(n, ms) => {
                 let tag = if ms % 3 == 0 { UNKNOWN } else { COMPLETED };
                 let expires = Some(self.now + ms);
-                self.write(n, Some(value(tag, expires, &format!("settled {n} {}", "s".repeat((ms % 700) as usize))))).await;
+                self.write(n, Some(value(tag, expires, &format!("settled {n} {}", "s".repeat((ms % 700) as usize)))))
+                    .await;
             }
             Step::Big(n) => {
                 let bytes = vec![n as u8; 30_000].into();

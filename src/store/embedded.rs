@@ -286,7 +286,7 @@ impl Embedded {
         store.spawn("oncegate-space", |shared| shared.space.run())?;
         let state = shared.state();
         let next = tuning.segment_bytes(state.log_bytes());
-        let number = state.end.position.segment + 1;
+        let number = state.end.position.segment.saturating_add(1);
         drop(state);
         shared.space.request(number, next);
         Ok(store)
@@ -411,11 +411,8 @@ impl Store for Embedded {
 
     fn unexpiring(&self) -> Result<Vec<(RecordId, Entry)>, StoreError> {
         let state = self.shared.state();
-        let live: Vec<_> = state
-            .unexpiring
-            .values()
-            .filter_map(|id| Some((*id, state.slots.get(id)?.live.clone()?)))
-            .collect();
+        let live: Vec<_> =
+            state.unexpiring.values().filter_map(|id| Some((*id, state.slots.get(id)?.live.clone()?))).collect();
         drop(state);
         live.into_iter().map(|(id, live)| Ok((id, Found::Memory(live).read(id)?))).collect()
     }
@@ -454,9 +451,10 @@ impl Store for Embedded {
         let queue_len = queue.as_ref().map_or(0, |queue| queue.max_capacity() - queue.capacity());
         drop(queue);
         let state = shared.state();
-        let oldest = state.tracked.first_key_value().and_then(|(_, position)| {
-            Some((state.segments.get(&position.segment)?.segment.clone(), position.offset))
-        });
+        let oldest = state
+            .tracked
+            .first_key_value()
+            .and_then(|(_, position)| Some((state.segments.get(&position.segment)?.segment.clone(), position.offset)));
         let (entries, log_bytes) = (state.counts, state.log_bytes());
         drop(state);
         let mut oldest_ms = [None; Tag::COUNT];

@@ -51,7 +51,9 @@ fn bulk(shared: &Shared) -> Result<(), String> {
     // The index must never know more than the disk: it would then claim that acknowledged entries are gone.
     if shared.options.durability == Durability::Relaxed {
         // Segments before the active one were flushed when they were sealed.
-        active.map_or(Ok(()), |active| active.file.sync_data()).map_err(|error| format!("flushing the log: {error}"))?;
+        active
+            .map_or(Ok(()), |active| active.file.sync_data())
+            .map_err(|error| format!("flushing the log: {error}"))?;
     }
     shared.index.apply(&changes, checkpoint).map_err(|error| error.to_string())?;
     settle(&mut shared.state(), &changes);

@@ -55,8 +55,7 @@ impl Settings {
         if fields.array() != Some(MAGIC) || fields.u32() != Some(FORMAT) {
             return None;
         }
-        let mut settings =
-            Self { id: fields.array()?, initialised: fields.u8()? == 1, values: BTreeMap::new() };
+        let mut settings = Self { id: fields.array()?, initialised: fields.u8()? == 1, values: BTreeMap::new() };
         while !fields.0.is_empty() {
             let mut string = || {
                 let len = usize::try_from(fields.u32()?).ok()?;

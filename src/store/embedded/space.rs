@@ -40,7 +40,15 @@ pub(super) struct Space {
 impl Space {
     pub(super) fn new(dir: &Path, store: StoreId, min_free_bytes: u64, smallest: u64, ready: Option<Spare>) -> Self {
         let inner = Mutex::new(Inner { ready, ..Inner::default() });
-        Self { dir: dir.to_owned(), store, min_free_bytes, smallest, inner, changed: Condvar::new(), index_waits: AtomicBool::new(false) }
+        Self {
+            dir: dir.to_owned(),
+            store,
+            min_free_bytes,
+            smallest,
+            inner,
+            changed: Condvar::new(),
+            index_waits: AtomicBool::new(false),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
