@@ -63,16 +63,6 @@ fn main() {
     let options = Options { path: dir.path().join("data"), create: true, min_free_bytes: 64 << 20, durability };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
 
-    if let Some(path) = std::env::var_os("REOPEN") {
-        for _ in 0..3 {
-        let o = Options { path: path.clone().into(), ..options.clone() };
-        let t = Instant::now();
-        let s = Embedded::open(&o).unwrap();
-        println!("open {:?} rss {} {:?}", t.elapsed(), rss_mib(), s.status());
-        drop(s);
-        }
-        return;
-    }
     let store = Arc::new(Embedded::open(&options).unwrap());
     let next = Arc::new(AtomicU64::new(0));
     let (written, cpu_before, started) = (proc_self("io", "write_bytes:"), cpu(), Instant::now());
@@ -99,7 +89,9 @@ fn main() {
     let status = store.status();
     assert_eq!(status.entries[1], records);
     println!("{records} pairs, {durability:?}, {KEYS_GOING} keys going");
-    println!("| pairs/s | CPU µs per pair | bytes to disk per pair | log bytes per pair | writes per batch | RSS MiB |");
+    println!(
+        "| pairs/s | CPU µs per pair | bytes to disk per pair | log bytes per pair | writes per batch | RSS MiB |"
+    );
     println!("|---|---|---|---|---|---|");
     println!(
         "| {:.0} | {:.1} | {} | {} | {:.1} | {} |",
@@ -117,10 +109,14 @@ fn main() {
     let closed = started.elapsed();
 
     let rss_closed = rss_mib();
-    if std::env::var_os("KEEP").is_some() { println!("{:?}", dir.keep()); return; }
-    let started = Instant::now();
+    // The log lies in the page cache.
+    let (mut opened, mut opened_cpu) = (Duration::MAX, Duration::MAX);
+    for _ in 0..3 {
+        let (started, cpu_before) = (Instant::now(), cpu());
+        drop(Embedded::open(&options).unwrap());
+        (opened, opened_cpu) = (opened.min(started.elapsed()), opened_cpu.min(cpu() - cpu_before));
+    }
     let store = Embedded::open(&options).unwrap();
-    let opened = started.elapsed();
     let rss_open = rss_mib();
     let status = store.status();
     assert_eq!(status.entries[1], records);
@@ -139,10 +135,12 @@ fn main() {
     };
     let (present, absent) = (look_up(true), look_up(false));
     println!();
-    println!("| close | reopen | RSS MiB before close / closed / reopened | disk MiB | look-up µs: present / absent |");
+    println!(
+        "| close | reopen, best of 3: time / CPU | RSS MiB before close / closed / reopened | disk MiB | look-up µs: present / absent |"
+    );
     println!("|---|---|---|---|---|");
     println!(
-        "| {closed:.0?} | {opened:.0?} | {rss_before_close} / {rss_closed} / {rss_open} | {} | {present:.1} / {absent:.1} |",
+        "| {closed:.0?} | {opened:.0?} / {opened_cpu:.0?} | {rss_before_close} / {rss_closed} / {rss_open} | {} | {present:.1} / {absent:.1} |",
         status.disk_bytes >> 20,
     );
     store.close();

@@ -181,7 +181,7 @@ pub enum Options {
 
 /// The store that the options ask for.
 pub enum AnyStore {
-    Memory(memory::Memory),
+    Memory(Box<memory::Memory>),
     Embedded(embedded::Embedded),
 }
 
@@ -192,7 +192,7 @@ impl AnyStore {
     /// See [`OpenError`].
     pub fn open(options: &Options) -> Result<Self, OpenError> {
         Ok(match options {
-            Options::Memory => Self::Memory(memory::Memory::new()),
+            Options::Memory => Self::Memory(Box::default()),
             Options::Embedded(options) => Self::Embedded(embedded::Embedded::open(options)?),
         })
     }

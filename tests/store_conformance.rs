@@ -229,7 +229,7 @@ async fn a_chain_of_swaps_loses_none(backend: impl Backend) {
                     loop {
                         let count: u64 = std::str::from_utf8(&held.value.bytes).unwrap().parse().unwrap();
                         // Through the index and memory in turn.
-                        let expires = (count % 2 == 0).then_some(1 << 40);
+                        let expires = count.is_multiple_of(2).then_some(1 << 40);
                         let next = value(CLAIMED, expires, &(count + 1).to_string());
                         let swap = store.compare_and_swap(id(7), Some(held.version), Some(next), 10, Urgency::Settle);
                         match swap.await.unwrap() {

@@ -238,7 +238,8 @@ impl Shared {
         if state.waiting >= self.tuning.index_bulk || state.waiting_bytes >= self.tuning.replay_bytes {
             self.wake_indexer.notify_one();
         }
-        while state.waiting >= self.tuning.index_bulk.saturating_mul(10) && self.failed.get().is_none() {
+        let too_many = self.tuning.index_bulk.saturating_mul(10);
+        while state.waiting >= too_many && self.failed.get().is_none() && !self.space.index_waits() {
             state = self.indexed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -285,7 +286,7 @@ impl Embedded {
         store.spawn("oncegate-space", |shared| shared.space.run())?;
         let state = shared.state();
         let next = tuning.segment_bytes(state.log_bytes());
-        let number = state.end.position.segment + 1;
+        let number = state.end.position.segment.saturating_add(1);
         drop(state);
         shared.space.request(number, next);
         Ok(store)
@@ -410,11 +411,8 @@ impl Store for Embedded {
 
     fn unexpiring(&self) -> Result<Vec<(RecordId, Entry)>, StoreError> {
         let state = self.shared.state();
-        let live: Vec<_> = state
-            .unexpiring
-            .values()
-            .filter_map(|id| Some((*id, state.slots.get(id)?.live.clone()?)))
-            .collect();
+        let live: Vec<_> =
+            state.unexpiring.values().filter_map(|id| Some((*id, state.slots.get(id)?.live.clone()?))).collect();
         drop(state);
         live.into_iter().map(|(id, live)| Ok((id, Found::Memory(live).read(id)?))).collect()
     }
@@ -453,9 +451,10 @@ impl Store for Embedded {
         let queue_len = queue.as_ref().map_or(0, |queue| queue.max_capacity() - queue.capacity());
         drop(queue);
         let state = shared.state();
-        let oldest = state.tracked.first_key_value().and_then(|(_, position)| {
-            Some((state.segments.get(&position.segment)?.segment.clone(), position.offset))
-        });
+        let oldest = state
+            .tracked
+            .first_key_value()
+            .and_then(|(_, position)| Some((state.segments.get(&position.segment)?.segment.clone(), position.offset)));
         let (entries, log_bytes) = (state.counts, state.log_bytes());
         drop(state);
         let mut oldest_ms = [None; Tag::COUNT];

@@ -1,6 +1,6 @@
 //! The committer: one thread that appends what is queued, in groups, and acknowledges it once it is durable.
 
-use super::state::{Live, SegmentState};
+use super::state::{IdMap, Live, SegmentState};
 use super::{Durability, Lookup, Shared};
 use crate::store::index::Located;
 use crate::store::log::expiry::ExpiryHistogram;
@@ -11,7 +11,6 @@ use crate::store::log::segment::{SEGMENT_HEADER, Segment, is_full};
 use crate::store::log::{LogPoint, Position};
 use crate::store::{Entry, RecordId, StoreError, Tag, Urgency, Value, Version};
 use bytes::Bytes;
-use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -25,7 +24,10 @@ const GROUP_BYTES_MAX: usize = 4 << 20;
 
 pub(super) enum Op {
     Swap(Swap),
-    Maintain { items: Vec<Upkeep>, reply: oneshot::Sender<Result<u64, StoreError>> },
+    Maintain {
+        items: Vec<Upkeep>,
+        reply: oneshot::Sender<Result<u64, StoreError>>,
+    },
     /// Wakes the committer, so that it sees that the store is being closed.
     Stop,
 }
@@ -149,14 +151,20 @@ pub(super) struct Committer {
     frame: FrameBuilder,
     time_ms: u64,
     changes: Vec<Change>,
-    /// The latest change of the group to each id.
-    pending: HashMap<RecordId, Option<Live>>,
+    /// The latest change of the group to each id: its place in `changes`.
+    pending: IdMap<usize>,
     waiting: Vec<Waiting>,
     swept: u64,
 }
 
 impl Committer {
-    pub(super) fn new(shared: Arc<Shared>, active: Arc<Segment>, capacity: u64, end: LogPoint, next_version: u64) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        active: Arc<Segment>,
+        capacity: u64,
+        end: LogPoint,
+        next_version: u64,
+    ) -> Self {
         Self {
             shared,
             active,
@@ -167,7 +175,7 @@ impl Committer {
             frame: FrameBuilder::default(),
             time_ms: 0,
             changes: Vec::new(),
-            pending: HashMap::new(),
+            pending: IdMap::default(),
             waiting: Vec::new(),
             swept: 0,
         }
@@ -190,10 +198,11 @@ impl Committer {
                 queue.close();
             }
         }
-        if self.shared.options.durability == Durability::Relaxed && self.shared.failed().is_none() {
-            if let Err(error) = self.active.file.sync_data() {
-                self.shared.fail(format!("flushing the log: {error}"));
-            }
+        if self.shared.options.durability == Durability::Relaxed
+            && self.shared.failed().is_none()
+            && let Err(error) = self.active.file.sync_data()
+        {
+            self.shared.fail(format!("flushing the log: {error}"));
         }
     }
 
@@ -218,9 +227,9 @@ impl Committer {
     /// What the store holds under an id, the group's own changes included; whether it is one of them; and whether the
     /// index may hold something under the id.
     fn current(&self, id: RecordId) -> Result<(Option<Found>, bool, bool), StoreError> {
-        if let Some(pending) = self.pending.get(&id) {
+        if let Some(change) = self.pending.get(&id).and_then(|&at| self.changes.get(at)) {
             // If there is no slot when this change is applied, then because the change before it found none in the index.
-            return Ok((pending.clone().map(Found::Memory), true, false));
+            return Ok((change.new.clone().map(Found::Memory), true, false));
         }
         Ok(match self.shared.look_up(id)? {
             Lookup::Absent { in_index } => (None, false, in_index),
@@ -278,8 +287,12 @@ impl Committer {
             time_ms: entry.time_ms,
             value: Some(value.clone()),
         });
-        self.pending.insert(entry.id, new.clone());
-        self.changes.push(Change { id: entry.id, old, new, in_index });
+        self.change(Change { id: entry.id, old, new, in_index });
+    }
+
+    fn change(&mut self, change: Change) {
+        self.pending.insert(change.id, self.changes.len());
+        self.changes.push(change);
     }
 
     /// Whether the entry still stood where the item says.
@@ -294,8 +307,7 @@ impl Committer {
         };
         match item {
             Upkeep::Drop { .. } => {
-                self.pending.insert(id, None);
-                self.changes.push(Change { id, old: Some(old), new: None, in_index });
+                self.change(Change { id, old: Some(old), new: None, in_index });
                 self.swept += 1;
             }
             Upkeep::Copy { located, time_ms, value, .. } => {
@@ -407,7 +419,7 @@ impl Committer {
             },
         );
         let next = self.shared.tuning.segment_bytes(state.log_bytes());
-        let number = segment.number + 1;
+        let number = segment.number.saturating_add(1);
         drop(state);
         (self.active, self.end, self.capacity) = (segment, SEGMENT_HEADER, capacity);
         space.request(number, next);

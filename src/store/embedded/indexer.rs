@@ -5,11 +5,15 @@ use super::{Durability, Shared, Tuning};
 use crate::store::RecordId;
 use crate::store::index::{Checkpoint, Located};
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 /// Whether enough waits to be worth a bulk, or replay at the next start would become long.
 fn is_due(state: &State, tuning: &Tuning) -> bool {
     state.waiting >= tuning.index_bulk || state.waiting_bytes >= tuning.replay_bytes
 }
+
+/// How often a full disk is looked at again.
+const CHECK_EVERY: Duration = Duration::from_millis(100);
 
 /// Works until the store stops or fails.
 pub(super) fn run(shared: &Shared) {
@@ -23,6 +27,12 @@ pub(super) fn run(shared: &Shared) {
         }
         if state.stopping || shared.failed().is_some() {
             return;
+        }
+        if !shared.space.index_may_grow(state.waiting) {
+            // Claims are refused meanwhile, so that what waits stays bounded by what was begun.
+            shared.indexed.notify_all();
+            drop(shared.wake_indexer.wait_timeout(state, CHECK_EVERY));
+            continue;
         }
         drop(state);
         if let Err(reason) = bulk(shared) {

@@ -7,7 +7,7 @@
 
 use super::settings::{STORE_FILE, Settings};
 use super::space::{Space, Spare};
-use super::state::{Live, SegmentState, Slot, State};
+use super::state::{IdMap, Live, SegmentState, Slot, State};
 use super::{Counters, OpenError, Options, Shared, Tuning, index_dir, indexer, log_dir};
 use crate::store::files;
 use crate::store::index::sled::SledIndex;
@@ -18,7 +18,7 @@ use crate::store::log::segment::{HeaderFault, SEGMENT_HEADER, Segment, StoreId};
 use crate::store::log::{HEAD_FILE, Head, LogPoint, Position};
 use crate::store::{OLDEST_TRACKED, RecordId, Tag};
 use bytes::Bytes;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::Path;
@@ -47,7 +47,8 @@ pub(super) fn open(options: &Options, tuning: Tuning) -> Result<Recovered, OpenE
     files::create_dir(path).map_err(io_error("create", path))?;
     let lock = lock(path)?;
     let (settings, created) = settings(options, &log_dir, tuning)?;
-    let Log { head, mut segments, spare, end, next_version, newest_ms, index } = read_log(options, &log_dir, &settings, tuning)?;
+    let Log { head, mut segments, spare, end, next_version, newest_ms, index } =
+        read_log(options, &log_dir, &settings, tuning)?;
 
     let (index, state) = index_and_state(options, tuning, &settings, head, &mut segments, end, index)?;
     let active = state.segments.get(&end.position.segment).map(|active| (active.segment.clone(), active.capacity));
@@ -189,13 +190,11 @@ fn open_segments(log_dir: &Path, head: &Head, store: StoreId) -> Result<(Vec<Seg
         std::fs::remove_file(&path).map_err(io_error("delete", &path))?;
     }
     let mut segments: Vec<Segment> = Vec::with_capacity(numbers.len());
-    let mut expected = head.segment;
     let last = numbers.last().copied();
-    for number in numbers {
+    for (expected, number) in (head.segment..).zip(numbers) {
         if number != expected {
             return Err(missing(log_dir, expected, "later segments are there"));
         }
-        expected += 1;
         let path = log_dir.join(Segment::file_name(number));
         match Segment::open(log_dir, number, store).map_err(io_error("open", &path))? {
             Ok(segment) => segments.push(segment),
@@ -243,12 +242,11 @@ fn verify_all(segments: &[Segment], options: &Options, store: StoreId) -> (Vec<i
     (results.into_iter().map(|(_, verified)| verified).collect(), index)
 }
 
+/// The segments in use, and the spare one.
+type Judged = (Vec<(Segment, Verified)>, Option<Segment>);
+
 /// Tells torn from damaged. Returns the segments in use and the spare one; what was torn is cut off.
-fn judge(
-    log_dir: &Path,
-    verified: Vec<(Segment, Verified)>,
-    head: &Head,
-) -> Result<(Vec<(Segment, Verified)>, Option<Segment>), OpenError> {
+fn judge(log_dir: &Path, verified: Vec<(Segment, Verified)>, head: &Head) -> Result<Judged, OpenError> {
     let mut in_use = Vec::with_capacity(verified.len());
     let mut expected = head.first_frame;
     let mut remaining = verified.into_iter();
@@ -257,7 +255,7 @@ fn judge(
         if let Some(found) = verified.first_frame.filter(|&found| found != expected) {
             return Err(damaged(path, SEGMENT_HEADER, &format!("frame number {found} where {expected} must follow")));
         }
-        expected = verified.last_frame.map_or(expected, |(number, _)| number + 1);
+        expected = verified.last_frame.map_or(expected, |(number, _)| number.saturating_add(1));
         if let Tail::Impossible(detail) = &verified.tail {
             return Err(damaged(path, verified.end, detail));
         }
@@ -286,7 +284,11 @@ fn judge(
         return Ok((in_use, spare));
     }
     let last = in_use.last().map_or(head.segment, |(segment, _)| segment.number);
-    Err(missing(log_dir, last + 1, "the segment before it ends with a seal, which is written once this one exists"))
+    Err(missing(
+        log_dir,
+        last.saturating_add(1),
+        "the segment before it ends with a seal, which is written once this one exists",
+    ))
 }
 
 fn tail_text(tail: &Tail) -> &str {
@@ -345,7 +347,7 @@ fn finish(
         let first_version = next_version;
         let first_frame = log.frame;
         if let Some((number, version)) = verified.last_frame {
-            (log.frame, next_version) = (number + 1, next_version.max(version));
+            (log.frame, next_version) = (number.saturating_add(1), next_version.max(version));
         }
         log.position = Position { segment: segment.number, offset };
         newest_ms = newest_ms.max(verified.newest_ms);
@@ -509,13 +511,11 @@ fn replay(
                 // It was valid a moment ago.
                 _ => return Err(damaged(&segment.path, at, "a frame has changed while it was read")),
             };
-            let position = |offset: u64| Position {
-                segment: segment.number,
-                offset: u32::try_from(offset).unwrap_or(u32::MAX),
-            };
+            let position =
+                |offset: u64| Position { segment: segment.number, offset: u32::try_from(offset).unwrap_or(u32::MAX) };
             matches |= known == Some(LogPoint { position: position(at), frame: header.number });
             let next = at + (FRAME_HEADER + payload.len()) as u64;
-            matches |= known == Some(LogPoint { position: position(next), frame: header.number + 1 });
+            matches |= known == Some(LogPoint { position: position(next), frame: header.number.saturating_add(1) });
             if position(next) > from {
                 for (offset, entry) in frame::entries(payload).flatten() {
                     let position = position(at + (FRAME_HEADER + offset) as u64);
@@ -533,7 +533,7 @@ fn replay(
                     state.set(entry.id, live, true);
                 }
                 state.waiting_bytes += next - at;
-                progress(state, LogPoint { position: position(next), frame: header.number + 1 })?;
+                progress(state, LogPoint { position: position(next), frame: header.number.saturating_add(1) })?;
             }
             at = next;
         }
@@ -612,7 +612,7 @@ fn survey(state: &mut State, index: &dyn Index) -> Result<(), IndexError> {
 impl State {
     fn with(segments: BTreeMap<u32, SegmentState>, end: LogPoint) -> Self {
         Self {
-            slots: HashMap::new(),
+            slots: IdMap::default(),
             waiting: 0,
             waiting_bytes: 0,
             unexpiring: BTreeMap::new(),

@@ -2,6 +2,7 @@
 
 use crate::store::log::segment::{Segment, StoreId, is_full};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -32,12 +33,22 @@ pub(super) struct Space {
     smallest: u64,
     inner: Mutex<Inner>,
     changed: Condvar,
+    /// The index waits for space: sled breaks for good when it meets a full disk, so it must not.
+    index_waits: AtomicBool,
 }
 
 impl Space {
     pub(super) fn new(dir: &Path, store: StoreId, min_free_bytes: u64, smallest: u64, ready: Option<Spare>) -> Self {
         let inner = Mutex::new(Inner { ready, ..Inner::default() });
-        Self { dir: dir.to_owned(), store, min_free_bytes, smallest, inner, changed: Condvar::new() }
+        Self {
+            dir: dir.to_owned(),
+            store,
+            min_free_bytes,
+            smallest,
+            inner,
+            changed: Condvar::new(),
+            index_waits: AtomicBool::new(false),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -80,9 +91,24 @@ impl Space {
         self.lock().ready.as_ref().map_or(0, |(_, capacity)| *capacity)
     }
 
-    /// Whether new claims are to be refused: the disk runs low, or there is no room for another segment.
+    /// Whether there is room for so many more entries in the index, generously estimated.
+    pub(super) fn index_may_grow(&self, entries: usize) -> bool {
+        let needed = (2 << 20) + 2048 * entries as u64;
+        let enough = free_bytes(&self.dir).is_none_or(|free| free >= needed);
+        self.index_waits.store(!enough, Ordering::Release);
+        enough
+    }
+
+    pub(super) fn index_waits(&self) -> bool {
+        self.index_waits.load(Ordering::Acquire)
+    }
+
+    /// Whether new claims are to be refused: the disk runs low, or there is no room for another segment or the index.
     /// Looks at the disk itself at most every 100 ms, and has a missing segment tried again when there is space.
     pub(super) fn is_low(&self) -> bool {
+        if self.index_waits() {
+            return true;
+        }
         let mut inner = self.lock();
         #[allow(clippy::disallowed_methods, reason = "paces a system call; no record depends on it")]
         let now = Instant::now();

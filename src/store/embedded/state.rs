@@ -8,7 +8,31 @@ use crate::store::log::{LogPoint, Position};
 use crate::store::{OLDEST_TRACKED, RecordId, Tag};
 use bytes::Bytes;
 use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
+
+/// Ids are keyed hashes already: eight of their bytes are as good a hash as any, and nobody can choose them.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for piece in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word.iter_mut().zip(piece).for_each(|(to, from)| *to = *from);
+            self.0 = self.0.rotate_left(29) ^ u64::from_le_bytes(word);
+        }
+    }
+
+    fn write_usize(&mut self, _len: usize) {}
+
+    fn finish(&self) -> u64 {
+        // The table takes its bits from both ends.
+        self.0.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    }
+}
+
+pub(super) type IdMap<V> = HashMap<RecordId, V, BuildHasherDefault<IdHasher>>;
 
 /// An entry that the store holds.
 #[derive(Clone, Debug)]
@@ -54,7 +78,7 @@ pub(super) struct SegmentState {
 /// All of it is changed under one lock, so that a reader sees a batch whole or not at all.
 #[derive(Debug)]
 pub(super) struct State {
-    pub(super) slots: HashMap<RecordId, Slot>,
+    pub(super) slots: IdMap<Slot>,
     /// Slots that wait for the index.
     pub(super) waiting: usize,
     /// Bytes appended since the indexer last took what was waiting.

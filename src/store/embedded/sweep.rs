@@ -8,12 +8,12 @@ use super::commit::{Found, Op, Upkeep};
 use super::state::State;
 use super::{Lookup, Shared};
 use crate::store::StoreError;
+use crate::store::files;
 use crate::store::index::Located;
 use crate::store::log::frame::{self, FRAME_HEADER, Kind, NEVER};
 use crate::store::log::scan::{FrameReader, Scanned};
 use crate::store::log::segment::{SEGMENT_HEADER, Segment};
 use crate::store::log::{Head, Position};
-use crate::store::files;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -66,7 +66,12 @@ pub(super) struct Sweeper {
 
 impl Sweeper {
     /// One bounded piece of work. Blocks.
-    pub(super) fn sweep(&mut self, shared: &Shared, queue: &mpsc::Sender<Op>, now_ms: u64) -> Result<Duration, StoreError> {
+    pub(super) fn sweep(
+        &mut self,
+        shared: &Shared,
+        queue: &mpsc::Sender<Op>,
+        now_ms: u64,
+    ) -> Result<Duration, StoreError> {
         copy_old_claims(shared, queue)?;
         if self.walk.is_none() {
             self.walk = self.choose(shared, now_ms);
@@ -78,9 +83,11 @@ impl Sweeper {
                 if let Some(segment) = shared.state().segments.get_mut(&walk.segment.number) {
                     segment.swept_until_ms = segment.swept_until_ms.min(walk.swept_until_ms);
                 }
+                if let Some(failed) = shared.failed() {
+                    return Err(failed);
+                }
                 return match error {
                     StoreError::Full { .. } => Ok(IDLE),
-                    error if shared.failed().is_some() => Err(error),
                     // What is damaged stays where it is: nobody may take it for absent.
                     error => {
                         let segment = walk.segment.path.display();
@@ -93,11 +100,12 @@ impl Sweeper {
         };
         if !done {
             self.walk = Some(walk);
-        } else if walk.retire {
-            if let Err(error) = retire(shared, &walk.segment) {
-                tracing::warn!(%error, segment = %walk.segment.path.display(), "cannot delete a log segment; trying again later");
-                return Ok(IDLE);
-            }
+        } else if walk.retire
+            && let Err(error) = retire(shared, &walk.segment)
+        {
+            let segment = walk.segment.path.display();
+            tracing::warn!(%error, %segment, "cannot delete a log segment; trying again later");
+            return Ok(IDLE);
         }
         Ok(MORE)
     }
@@ -128,9 +136,8 @@ impl Sweeper {
 /// Replay at start begins at the oldest claim: one that lasts must not keep it far behind.
 fn copy_old_claims(shared: &Shared, queue: &mpsc::Sender<Op>) -> Result<(), StoreError> {
     let state = shared.state();
-    let old = state.unexpiring.iter().take_while(|(position, _)| {
-        state.bytes_behind(**position) > shared.tuning.replay_bytes
-    });
+    let old =
+        state.unexpiring.iter().take_while(|(position, _)| state.bytes_behind(**position) > shared.tuning.replay_bytes);
     let items: Vec<_> = old
         .take(STEP)
         .filter_map(|(_, id)| {
@@ -214,7 +221,7 @@ fn send(queue: &mpsc::Sender<Op>, items: Vec<Upkeep>) -> Result<(), StoreError> 
 /// Deletes the oldest segment. First the head moves on, durably: a segment before it is only left-over.
 fn retire(shared: &Shared, segment: &Segment) -> std::io::Result<()> {
     let state = shared.state();
-    let Some((&number, next)) = state.segments.range(segment.number + 1..).next() else { return Ok(()) };
+    let Some((&number, next)) = state.segments.range(segment.number.saturating_add(1)..).next() else { return Ok(()) };
     let head = Head {
         segment: number,
         first_frame: next.first_frame,

@@ -19,14 +19,27 @@ const CACHE_BYTES: u64 = 32 << 20;
 const CHECKPOINT: &[u8] = b"checkpoint";
 
 pub(crate) struct SledIndex {
-    db: sled::Db,
-    entries: sled::Tree,
-    meta: sled::Tree,
+    /// `None` only while it is dropped.
+    trees: Option<Trees>,
     /// An own descriptor of sled's only data file.
     file: File,
     path: PathBuf,
     store: StoreId,
     state: Mutex<State>,
+}
+
+struct Trees {
+    db: sled::Db,
+    entries: sled::Tree,
+    meta: sled::Tree,
+}
+
+impl Drop for SledIndex {
+    fn drop(&mut self) {
+        let trees = self.trees.take();
+        // sled flushes when it is dropped, and panics if the disk has failed.
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(trees)));
+    }
 }
 
 /// What the checkpoint says beside the positions.
@@ -77,16 +90,16 @@ impl SledIndex {
             let db = config.open()?;
             let entries = db.open_tree("entries")?;
             let meta = db.open_tree("meta")?;
-            Ok::<_, sled::Error>((db, entries, meta))
+            Ok::<_, sled::Error>(Trees { db, entries, meta })
         });
-        let (db, entries, meta) = match guarded {
+        let trees = match guarded {
             Ok(opened) => opened.map_err(|error| IndexError(error.to_string()))?,
             Err(_) => return Err(IndexError("sled panicked while it was opened".to_owned())),
         };
         let io = |error: std::io::Error| IndexError(error.to_string());
         let file = File::open(path.join("db")).map_err(io)?;
         let state = State { checkpoint: None, sum: Sum::default(), clean: false };
-        let index = Self { db, entries, meta, file, path: path.to_owned(), store, state: Mutex::new(state) };
+        let index = Self { trees: Some(trees), file, path: path.to_owned(), store, state: Mutex::new(state) };
         if fresh {
             index.sync()?;
             File::open(path.join("conf")).and_then(|conf| conf.sync_all()).map_err(io)?;
@@ -94,21 +107,30 @@ impl SledIndex {
             files::sync_dir(path).map_err(io)?;
             path.parent().map_or(Ok(()), files::sync_dir).map_err(io)?;
         }
-        let state = guard(|| index.read_checkpoint())?;
-        if let Some(state) = state {
+        if let Some(state) = index.read_checkpoint()? {
             *index.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
         }
         Ok(index)
     }
 
-    fn read_checkpoint(&self) -> Result<Option<State>, sled::Error> {
-        let bytes = self.meta.get(CHECKPOINT)?;
+    /// Runs a call into sled; a panic in it is an error like others.
+    fn guarded<T>(&self, call: impl FnOnce(&Trees) -> Result<T, sled::Error>) -> Result<T, IndexError> {
+        let Some(trees) = &self.trees else { return Err(IndexError("it is closed".to_owned())) };
+        match catch_unwind(AssertUnwindSafe(|| call(trees))) {
+            Ok(result) => result.map_err(|error| IndexError(error.to_string())),
+            Err(_) => Err(IndexError("sled panicked".to_owned())),
+        }
+    }
+
+    fn read_checkpoint(&self) -> Result<Option<State>, IndexError> {
+        let bytes = self.guarded(|trees| trees.meta.get(CHECKPOINT))?;
         Ok(bytes.and_then(|bytes| decode_checkpoint(&bytes, self.store)))
     }
 
     fn write_checkpoint(&self, state: &State) -> Result<(), IndexError> {
         let Some(checkpoint) = state.checkpoint else { return Ok(()) };
-        guard(|| self.meta.insert(CHECKPOINT, encode_checkpoint(&checkpoint, state, self.store)))?;
+        let bytes = encode_checkpoint(&checkpoint, state, self.store);
+        self.guarded(|trees| trees.meta.insert(CHECKPOINT, bytes))?;
         self.sync()
     }
 
@@ -117,8 +139,8 @@ impl SledIndex {
         let mut sum = Sum::default();
         let mut malformed = false;
         let from = u32::try_from(from).unwrap_or(u32::MAX).to_be_bytes();
-        guard(|| {
-            for entry in self.entries.range(from..) {
+        self.guarded(|trees| {
+            for entry in trees.entries.range(from..) {
                 let (id, value) = entry?;
                 let Some(id) = id.first_chunk::<16>().filter(|_| id.len() == 16) else {
                     malformed = true;
@@ -139,23 +161,17 @@ impl SledIndex {
     }
 
     fn sync(&self) -> Result<(), IndexError> {
-        guard(|| self.db.flush())?;
+        self.guarded(|trees| trees.db.flush())?;
         self.file.sync_data().map_err(|error| IndexError(error.to_string()))
-    }
-}
-
-/// Runs a call into sled; a panic in it is an error like others.
-fn guard<T>(call: impl FnOnce() -> Result<T, sled::Error>) -> Result<T, IndexError> {
-    match catch_unwind(AssertUnwindSafe(call)) {
-        Ok(result) => result.map_err(|error| IndexError(error.to_string())),
-        Err(_) => Err(IndexError("sled panicked".to_owned())),
     }
 }
 
 impl Index for SledIndex {
     fn get(&self, id: RecordId) -> Result<Option<Located>, IndexError> {
-        match guard(|| self.entries.get(id.0))? {
-            Some(value) => decode(&value).map(Some).ok_or_else(|| IndexError(format!("the entry of {id} is malformed"))),
+        match self.guarded(|trees| trees.entries.get(id.0))? {
+            Some(value) => {
+                decode(&value).map(Some).ok_or_else(|| IndexError(format!("the entry of {id} is malformed")))
+            }
             None => Ok(None),
         }
     }
@@ -166,15 +182,15 @@ impl Index for SledIndex {
             state.clean = false;
             self.write_checkpoint(&state)?;
         }
-        guard(|| {
+        self.guarded(|trees| {
             for (id, new) in changes {
                 let old = match new {
                     Some(located) => {
                         let value = encode(located);
                         state.sum.add(&id.0, &value);
-                        self.entries.insert(id.0, value)?
+                        trees.entries.insert(id.0, value)?
                     }
-                    None => self.entries.remove(id.0)?,
+                    None => trees.entries.remove(id.0)?,
                 };
                 if let Some(old) = old {
                     state.sum.subtract(&id.0, &old);

@@ -200,12 +200,11 @@ pub(crate) fn verify<R: ReadAt + ?Sized>(source: &R, uid: u64) -> io::Result<Ver
                 break;
             }
         };
-        if let Some((number, next_version)) = verified.last_frame {
-            if header.number != number + 1 || header.next_version < next_version {
-                let (found, wanted) = (header.number, number + 1);
-                verified.tail = Tail::Impossible(format!("frame number {found} where {wanted} must follow"));
-                break;
-            }
+        if let Some((number, next_version)) = verified.last_frame
+            && (number.checked_add(1) != Some(header.number) || header.next_version < next_version)
+        {
+            verified.tail = Tail::Impossible(format!("frame number {} follows number {number}", header.number));
+            break;
         }
         let mut count = 0;
         let mut malformed = false;
