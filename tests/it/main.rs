@@ -10,4 +10,6 @@
 )]
 
 mod execution;
+mod outcomes;
 mod support;
+mod waiting;

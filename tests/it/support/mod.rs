@@ -8,7 +8,7 @@ pub mod upstream;
 
 pub use client::{Client, Response, call, post, request};
 pub use gateway::Gateway;
-pub use upstream::{Gate, Received, Upstream};
+pub use upstream::{Gate, Received, Reply, Upstream};
 
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
