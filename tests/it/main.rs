@@ -9,7 +9,9 @@
     unreachable_pub
 )]
 
+mod clients;
 mod execution;
 mod outcomes;
+mod replay;
 mod support;
 mod waiting;
