@@ -12,6 +12,7 @@
 mod clients;
 mod execution;
 mod outcomes;
+mod pass;
 mod replay;
 mod support;
 mod waiting;

@@ -47,6 +47,14 @@ pub struct Client {
     buffer: Vec<u8>,
 }
 
+impl From<TcpStream> for Client {
+    fn from(stream: TcpStream) -> Self {
+        stream.set_nodelay(true).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self { stream, buffer: Vec::new() }
+    }
+}
+
 impl Client {
     pub fn connect(addr: SocketAddr) -> Self {
         Self::try_connect(addr).unwrap()
@@ -54,10 +62,7 @@ impl Client {
 
     /// Nobody may be listening.
     pub fn try_connect(addr: SocketAddr) -> std::io::Result<Self> {
-        let stream = TcpStream::connect(addr)?;
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        Ok(Self { stream, buffer: Vec::new() })
+        TcpStream::connect(addr).map(Self::from)
     }
 
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
