@@ -11,6 +11,8 @@
 
 mod clients;
 mod execution;
+mod headers;
+mod limits;
 mod outcomes;
 mod pass;
 mod replay;
