@@ -477,7 +477,8 @@ fn rebuild(
     replay(&mut state, start, None, &mut |state, reached| {
         if state.waiting >= tuning.index_bulk {
             state.end = reached;
-            let (changes, checkpoint) = indexer::take(state);
+            let (mut changes, checkpoint) = indexer::take(state);
+            changes.sort_unstable_by_key(|(id, _)| *id);
             index.apply(&changes, checkpoint).map_err(no_index)?;
             indexer::settle(state, &changes);
         }
