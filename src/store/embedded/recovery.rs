@@ -24,6 +24,7 @@ use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 /// A store that only lacks its threads.
 pub(super) struct Recovered {
@@ -77,16 +78,24 @@ pub(super) fn open(options: &Options, tuning: Tuning) -> Result<Recovered, OpenE
     Ok(Recovered { shared, active, capacity, end, next_version })
 }
 
-/// Locks the store for this process; the lock lives as long as the file.
+const LOCK_ATTEMPTS: u32 = 20;
+const LOCK_PAUSE: Duration = Duration::from_millis(50);
+
+/// Locks the store for this process, within a second; the lock lives as long as the file.
 fn lock(path: &Path) -> Result<File, OpenError> {
     let file = path.join("lock");
     let lock = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&file);
     let lock = lock.map_err(io_error("open", &file))?;
-    match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(lock),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(OpenError::Locked { path: path.to_owned() }),
-        Err(error) => Err(io_error("lock", &file)(error.into())),
+    for attempt in 1.. {
+        match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(lock),
+            // A process that has just ended, or one that it has just forked, may take a moment to let go.
+            Err(rustix::io::Errno::WOULDBLOCK) if attempt < LOCK_ATTEMPTS => std::thread::sleep(LOCK_PAUSE),
+            Err(rustix::io::Errno::WOULDBLOCK) => break,
+            Err(error) => return Err(io_error("lock", &file)(error.into())),
+        }
     }
+    Err(OpenError::Locked { path: path.to_owned() })
 }
 
 /// Reads the settings, creating the store where there is none. Returns whether it was created.
