@@ -140,7 +140,7 @@ fn main() {
     );
     println!("|---|---|---|---|---|");
     println!(
-        "| {closed:.0?} | {opened:.0?} / {opened_cpu:.0?} | {rss_before_close} / {rss_closed} / {rss_open} | {} | {present:.1} / {absent:.1} |",
+        "| {closed:.2?} | {opened:.2?} / {opened_cpu:.2?} | {rss_before_close} / {rss_closed} / {rss_open} | {} | {present:.1} / {absent:.1} |",
         status.disk_bytes >> 20,
     );
     store.close();

@@ -19,6 +19,7 @@
 mod commit;
 mod indexer;
 mod recovery;
+mod replay;
 mod settings;
 mod space;
 mod state;

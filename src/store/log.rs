@@ -9,7 +9,7 @@ use crate::store::files::{self, Fields};
 use std::io;
 use std::path::Path;
 
-pub use scan::scan_bytes;
+pub use scan::{frame_around, scan_bytes};
 
 /// A place in the log: a segment and an offset in it. Later places are greater.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

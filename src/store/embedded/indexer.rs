@@ -45,9 +45,10 @@ pub(super) fn run(shared: &Shared) {
 /// Moves all that waits.
 fn bulk(shared: &Shared) -> Result<(), String> {
     let mut state = shared.state();
-    let (changes, checkpoint) = take(&mut state);
+    let (mut changes, checkpoint) = take(&mut state);
     let active = state.segments.get(&state.end.position.segment).map(|segment| Arc::clone(&segment.segment));
     drop(state);
+    changes.sort_unstable_by_key(|(id, _)| *id);
     // The index must never know more than the disk: it would then claim that acknowledged entries are gone.
     if shared.options.durability == Durability::Relaxed {
         // Segments before the active one were flushed when they were sealed.
@@ -56,12 +57,15 @@ fn bulk(shared: &Shared) -> Result<(), String> {
             .map_err(|error| format!("flushing the log: {error}"))?;
     }
     shared.index.apply(&changes, checkpoint).map_err(|error| error.to_string())?;
-    settle(&mut shared.state(), &changes);
+    // In pieces, so that nobody waits long for the lock.
+    for piece in changes.chunks(1024) {
+        settle(&mut shared.state(), piece);
+    }
     shared.indexed.notify_all();
     Ok(())
 }
 
-/// What the index has to learn, sorted, and how far it will have come then.
+/// What the index has to learn, unsorted, and how far it will have come then.
 pub(super) fn take(state: &mut State) -> (Vec<(RecordId, Option<Located>)>, Checkpoint) {
     let mut changes = Vec::with_capacity(state.waiting);
     for (id, slot) in &mut state.slots {
@@ -71,7 +75,6 @@ pub(super) fn take(state: &mut State) -> (Vec<(RecordId, Option<Located>)>, Chec
             changes.push((*id, slot.live.as_ref().map(|live| live.located)));
         }
     }
-    changes.sort_unstable_by_key(|(id, _)| *id);
     state.waiting_bytes = 0;
     let applied_to = state.end;
     let oldest = state.unexpiring.first_key_value().map(|(position, _)| *position);

@@ -95,6 +95,21 @@ pub(super) struct State {
 }
 
 impl State {
+    /// Empty, but for the log.
+    pub(super) fn with(segments: BTreeMap<u32, SegmentState>, end: LogPoint) -> Self {
+        Self {
+            slots: IdMap::default(),
+            waiting: 0,
+            waiting_bytes: 0,
+            unexpiring: BTreeMap::new(),
+            tracked: BTreeMap::new(),
+            counts: [0; Tag::COUNT],
+            segments,
+            end,
+            stopping: false,
+        }
+    }
+
     /// Puts `live` (`None`: removed) in the place of what stood under `id`. `in_index` tells whether the index may hold
     /// something under it if there is no slot now.
     pub(super) fn set(&mut self, id: RecordId, live: Option<Live>, in_index: bool) {

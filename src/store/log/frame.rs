@@ -49,7 +49,7 @@ pub(crate) struct FrameHeader {
 }
 
 impl FrameHeader {
-    fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(FRAME_HEADER);
         out.extend_from_slice(&MAGIC.to_le_bytes());
         out.extend_from_slice(&self.flags.to_le_bytes());

@@ -176,6 +176,9 @@ pub(crate) enum Tail {
     Impossible(String),
 }
 
+/// No counter and no time gets beyond 48 bits within thousands of years. The index relies on it.
+const PLAUSIBLE: u64 = (1 << 48) - 1;
+
 /// Reads a whole segment and compares all its checksums.
 ///
 /// # Errors
@@ -204,6 +207,10 @@ pub(crate) fn verify<R: ReadAt + ?Sized>(source: &R, uid: u64) -> io::Result<Ver
             && (number.checked_add(1) != Some(header.number) || header.next_version < next_version)
         {
             verified.tail = Tail::Impossible(format!("frame number {} follows number {number}", header.number));
+            break;
+        }
+        if header.number.max(header.next_version).max(header.time_ms) > PLAUSIBLE {
+            verified.tail = Tail::Impossible("a frame with implausible numbers".to_owned());
             break;
         }
         let mut count = 0;
@@ -236,12 +243,98 @@ pub(crate) fn is_relaxed(header: &FrameHeader) -> bool {
     header.flags & FLAG_RELAXED != 0
 }
 
-/// Scans arbitrary bytes as a segment: for fuzzing. Returns the end of the valid frames and whether others lie behind.
+/// Scans arbitrary bytes as a segment: for fuzzing. Returns the end of the valid frames, and whether one lies behind it.
 ///
 /// # Errors
 /// Never, since memory can be read.
+#[doc(hidden)]
 pub fn scan_bytes(bytes: &[u8], uid: u64) -> io::Result<(u64, bool)> {
     let verified = verify(bytes, uid)?;
     let search = FrameReader::new(bytes, uid).find(verified.end)?;
     Ok((verified.end, search.valid.is_some()))
+}
+
+/// Makes a frame with right checksums around an arbitrary payload: so that fuzzing gets behind them.
+#[doc(hidden)]
+#[must_use]
+pub fn frame_around(payload: &[u8], entries: u32, flags: u32, uid: u64, number: u64) -> Vec<u8> {
+    FrameHeader {
+        flags,
+        uid,
+        number,
+        next_version: number,
+        time_ms: number,
+        payload_len: u32::try_from(payload.len()).unwrap_or(u32::MAX),
+        entries,
+        payload_hash: xxh3_64(payload),
+    }
+    .encode()
+    .into_iter()
+    .chain(payload.iter().copied())
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::log::frame::{EntryRef, FrameBuilder};
+    use crate::store::{RecordId, Tag};
+
+    fn segment(frames: u64) -> Vec<u8> {
+        let mut bytes = vec![0; SEGMENT_HEADER as usize];
+        for number in 0..frames {
+            let mut frame = FrameBuilder::default();
+            frame.clear();
+            for n in 0..3 {
+                let (id, value) = (RecordId([n; 16]), [7; 20]);
+                let (version, tag, expires_at_ms, time_ms) = (number, Tag(1), 1000, 10);
+                frame.push(&EntryRef { id, version, kind: Kind::Put, tag, expires_at_ms, time_ms, value: &value });
+            }
+            bytes.extend_from_slice(frame.finish(0, 99, number, number, 10));
+        }
+        bytes
+    }
+
+    #[test]
+    fn what_was_written_is_read_and_nothing_else() {
+        let bytes = segment(5);
+        let len = bytes.len() as u64;
+        assert_eq!(scan_bytes(&bytes, 99).unwrap(), (len, false));
+        // Another file's frames are none of this one.
+        assert_eq!(scan_bytes(&bytes, 98).unwrap(), (SEGMENT_HEADER, false));
+        let verified = verify(&bytes[..], 99).unwrap();
+        assert_eq!((verified.first_frame, verified.last_frame), (Some(0), Some((4, 4))));
+        assert_eq!(verified.expiry.entries(), 15);
+    }
+
+    #[test]
+    fn every_flipped_bit_is_noticed() {
+        let bytes = segment(2);
+        let frame = (bytes.len() - 64) / 2;
+        for at in 64..bytes.len() {
+            for bit in 0..8 {
+                let mut bytes = bytes.clone();
+                bytes[at] ^= 1 << bit;
+                let first = at < 64 + frame;
+                let end = if first { SEGMENT_HEADER } else { SEGMENT_HEADER + frame as u64 };
+                assert_eq!(scan_bytes(&bytes, 99).unwrap(), (end, first), "byte {at}, bit {bit}");
+            }
+        }
+    }
+
+    #[test]
+    fn frames_longer_than_a_piece_and_across_its_border() {
+        let mut bytes = vec![0; SEGMENT_HEADER as usize];
+        for number in 0..6 {
+            let mut frame = FrameBuilder::default();
+            frame.clear();
+            let value = vec![number as u8; 700_000 * (number as usize % 3 + 1)];
+            let (id, version, tag, expires_at_ms, time_ms) = (RecordId([1; 16]), number, Tag(1), NEVER, 10);
+            frame.push(&EntryRef { id, version, kind: Kind::Put, tag, expires_at_ms, time_ms, value: &value });
+            bytes.extend_from_slice(frame.finish(0, 99, number, number, 10));
+        }
+        assert_eq!(scan_bytes(&bytes, 99).unwrap(), (bytes.len() as u64, false));
+        bytes[100_000] ^= 1;
+        assert_eq!(scan_bytes(&bytes, 99).unwrap(), (SEGMENT_HEADER, true));
+    }
 }

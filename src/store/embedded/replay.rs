@@ -1,0 +1,239 @@
+//! The second half of opening: replays what lies behind the index's checkpoint into memory, or everything into a new
+//! index, and lets the counts tell what both hold together.
+
+use super::recovery::{Opening, damaged, io_error};
+use super::settings::Settings;
+use super::state::{Live, SegmentState, Slot, State};
+use super::{OpenError, Options, Tuning, index_dir, indexer, log_dir};
+use crate::store::index::sled::SledIndex;
+use crate::store::index::{Checkpoint, Index, IndexError, Located, Visitor};
+use crate::store::log::frame::{self, FRAME_HEADER, Kind, NEVER};
+use crate::store::log::scan::{FrameReader, Scanned};
+use crate::store::log::segment::SEGMENT_HEADER;
+use crate::store::log::{Head, LogPoint, Position};
+use crate::store::{OLDEST_TRACKED, RecordId, Tag};
+use bytes::Bytes;
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+
+/// Brings index and memory to where the log ends.
+pub(super) fn index_and_state(
+    options: &Options,
+    tuning: Tuning,
+    settings: &Settings,
+    head: Head,
+    segments: &mut BTreeMap<u32, SegmentState>,
+    end: LogPoint,
+    index: Opening,
+) -> Result<Usable, OpenError> {
+    let path = index_dir(&options.path);
+    let why = match use_index(options, head, segments, end, index)? {
+        Ok(usable) => return Ok(usable),
+        Err(why) => why,
+    };
+    // A store that has just been created has none, and that is no news.
+    if path.exists() || end.frame > 1 {
+        tracing::warn!(index = %path.display(), reason = why, "rebuilding the index from the log");
+    }
+    rebuild(tuning, settings, head, std::mem::take(segments), end, &path)
+}
+
+type Usable = (Box<dyn Index>, State);
+
+/// Replays what the index has not heard of. The inner error says why the index is of no use.
+fn use_index(
+    options: &Options,
+    head: Head,
+    segments: &mut BTreeMap<u32, SegmentState>,
+    end: LogPoint,
+    index: Opening,
+) -> Result<Result<Usable, String>, OpenError> {
+    let index = match index {
+        Ok(Some(index)) => index,
+        Ok(None) => return Ok(Err("it is missing".to_owned())),
+        Err(error) => return Ok(Err(error.to_string())),
+    };
+    let Ok(Some(checkpoint)) = index.checkpoint() else {
+        return Ok(Err("it holds no valid checkpoint of this store".to_owned()));
+    };
+    if checkpoint.applied_to.frame > end.frame {
+        return Err(OpenError::LogBehindIndex {
+            path: log_dir(&options.path),
+            index: index_dir(&options.path),
+            log_frame: end.frame,
+            index_frame: checkpoint.applied_to.frame,
+        });
+    }
+    let mut state = State::with(std::mem::take(segments), end);
+    let from = checkpoint.replay_from.max(log_start(&head));
+    let matches = replay(&mut state, from, Some(checkpoint.applied_to), &mut |_, _| Ok(()))?;
+    let why = match matches {
+        false => "its checkpoint does not match the log".to_owned(),
+        true => match survey(&mut state, &index) {
+            Ok(()) => return Ok(Ok((Box::new(index), state))),
+            Err(error) => error.to_string(),
+        },
+    };
+    *segments = state.segments;
+    Ok(Err(why))
+}
+
+fn log_start(head: &Head) -> Position {
+    Position { segment: head.segment, offset: SEGMENT_HEADER as u32 }
+}
+
+/// Builds a new index from the whole log.
+fn rebuild(
+    tuning: Tuning,
+    settings: &Settings,
+    head: Head,
+    segments: BTreeMap<u32, SegmentState>,
+    end: LogPoint,
+    path: &Path,
+) -> Result<Usable, OpenError> {
+    let start = log_start(&head);
+    let no_index = |error: IndexError| OpenError::Index { path: path.to_owned(), detail: error.to_string() };
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        other => other.map_err(io_error("delete", path))?,
+    }
+    let index = SledIndex::open(path, settings.id).map_err(no_index)?;
+    let begin = LogPoint { position: start, frame: head.first_frame };
+    index.apply(&[], Checkpoint { replay_from: start, applied_to: begin }).map_err(no_index)?;
+    let mut state = State::with(segments, end);
+    replay(&mut state, start, None, &mut |state, reached| {
+        if state.waiting >= tuning.index_bulk {
+            state.end = reached;
+            let (mut changes, checkpoint) = indexer::take(state);
+            changes.sort_unstable_by_key(|(id, _)| *id);
+            index.apply(&changes, checkpoint).map_err(no_index)?;
+            indexer::settle(state, &changes);
+        }
+        Ok(())
+    })?;
+    state.end = end;
+    survey(&mut state, &index).map_err(no_index)?;
+    Ok((Box::new(index), state))
+}
+
+type Progress<'a> = dyn FnMut(&mut State, LogPoint) -> Result<(), OpenError> + 'a;
+
+/// Reads the log from `from` to the end into memory. Returns whether a frame begins at `known`, as it must.
+fn replay(
+    state: &mut State,
+    from: Position,
+    known: Option<LogPoint>,
+    progress: &mut Progress<'_>,
+) -> Result<bool, OpenError> {
+    let segments: Vec<_> =
+        state.segments.range(from.segment..).map(|(_, segment)| (segment.segment.clone(), segment.end)).collect();
+    // A place in a segment that has been retired meanwhile cannot be compared, and needs not be.
+    let oldest = state.segments.first_key_value().map_or(0, |(&number, _)| number);
+    let mut matches = known.is_none_or(|known| known.position.segment < oldest || known == state.end);
+    for (segment, end) in segments {
+        let mut reader = FrameReader::new(&*segment, segment.uid);
+        let mut at = SEGMENT_HEADER;
+        while at < end {
+            let (header, payload) = match reader.frame(at).map_err(io_error("read", &segment.path))? {
+                Scanned::Frame(header, payload) => (header, payload),
+                // It was valid a moment ago.
+                _ => return Err(damaged(&segment.path, at, "a frame has changed while it was read")),
+            };
+            let position =
+                |offset: u64| Position { segment: segment.number, offset: u32::try_from(offset).unwrap_or(u32::MAX) };
+            matches |= known == Some(LogPoint { position: position(at), frame: header.number });
+            let next = at + (FRAME_HEADER + payload.len()) as u64;
+            matches |= known == Some(LogPoint { position: position(next), frame: header.number.saturating_add(1) });
+            if position(next) > from {
+                for (offset, entry) in frame::entries(payload).flatten() {
+                    let position = position(at + (FRAME_HEADER + offset) as u64);
+                    let live = (entry.kind != Kind::Remove).then(|| Live {
+                        located: Located {
+                            position,
+                            len: u32::try_from(entry.value.len()).unwrap_or(u32::MAX),
+                            tag: entry.tag,
+                            version: entry.version,
+                            expires_at_ms: entry.expires_at_ms,
+                        },
+                        time_ms: entry.time_ms,
+                        value: (entry.expires_at_ms == NEVER).then(|| Bytes::copy_from_slice(entry.value)),
+                    });
+                    state.set(entry.id, live, true);
+                }
+                state.waiting_bytes += next - at;
+                progress(state, LogPoint { position: position(next), frame: header.number.saturating_add(1) })?;
+            }
+            at = next;
+        }
+    }
+    Ok(matches)
+}
+
+/// What a walk through a part of the index has found.
+#[derive(Default)]
+struct Part {
+    /// Entries that no slot hides.
+    counted: Vec<u64>,
+    tracked: Vec<(u64, Position)>,
+    hidden: Vec<RecordId>,
+    /// Entries of retired segments: the index has not heard that they are gone.
+    stale: Vec<RecordId>,
+    /// An entry in a segment that does not exist.
+    impossible: bool,
+}
+
+/// Walks through the index once: it is compared with its checkpoint, the counts come to tell what index and memory
+/// hold together, and each slot whether it hides something in the index.
+fn survey(state: &mut State, index: &dyn Index) -> Result<(), IndexError> {
+    let (oldest, newest) = (state.segments.keys().next().copied().unwrap_or(0), state.end.position.segment);
+    let mut parts = [Part::default(), Part::default()];
+    let slots = &state.slots;
+    let mut visitors: Vec<Visitor<'_>> = Vec::with_capacity(parts.len());
+    for part in &mut parts {
+        part.counted = vec![0; Tag::COUNT];
+        visitors.push(Box::new(|id: RecordId, located: Located| {
+            if located.position.segment > newest {
+                part.impossible = true;
+            } else if slots.contains_key(&id) {
+                part.hidden.push(id);
+            } else if located.position.segment < oldest {
+                part.stale.push(id);
+            } else {
+                if let Some(count) = part.counted.get_mut(usize::from(located.tag.0)) {
+                    *count += 1;
+                }
+                if located.tag == OLDEST_TRACKED {
+                    part.tracked.push((located.version, located.position));
+                }
+            }
+        }));
+    }
+    index.survey(&mut visitors)?;
+    drop(visitors);
+    if parts.iter().any(|part| part.impossible) {
+        return Err(IndexError("it names segments that do not exist".to_owned()));
+    }
+    let mut slots = std::mem::take(&mut state.slots);
+    slots.values_mut().for_each(|slot| slot.in_index = false);
+    for part in parts {
+        for (count, counted) in state.counts.iter_mut().zip(part.counted) {
+            *count += counted;
+        }
+        state.tracked.extend(part.tracked);
+        for id in part.hidden {
+            slots.entry(id).and_modify(|slot| slot.in_index = true);
+        }
+        for id in part.stale {
+            slots.insert(id, Slot { live: None, in_index: true });
+        }
+    }
+    // A removal that hides nothing is of no use any more.
+    slots.retain(|_, slot| slot.live.is_some() || slot.in_index);
+    for live in slots.values().filter_map(|slot| slot.live.as_ref()) {
+        state.count(&live.located);
+    }
+    state.waiting = slots.values().filter(|slot| slot.for_index()).count();
+    state.slots = slots;
+    Ok(())
+}
