@@ -10,4 +10,6 @@
 )]
 
 mod execution;
+mod key;
+mod routes;
 mod support;
