@@ -100,6 +100,10 @@ pub fn check<B>(request: &mut Request<B>, default_host: &HeaderValue) -> Result<
     {
         return Err(bad("The Host line is not a host with an optional port."));
     }
+    // RFC 9112 §3.2: whatever the form of the target.
+    if host.is_none() && request.version() == Version::HTTP_11 {
+        return Err(bad("An HTTP/1.1 request needs a Host line."));
+    }
     if let Some(authority) = request.uri().authority().cloned() {
         if !matches!(request.uri().scheme_str(), Some("http" | "https")) || authority.as_str().contains('@') {
             return Err(bad("An absolute target must be http or https, without user information."));
@@ -113,9 +117,6 @@ pub fn check<B>(request: &mut Request<B>, default_host: &HeaderValue) -> Result<
         let target = request.uri().path_and_query().cloned();
         *request.uri_mut() = Uri::from(target.unwrap_or_else(|| PathAndQuery::from_static("/")));
     } else if host.is_none() {
-        if request.version() >= Version::HTTP_11 {
-            return Err(bad("An HTTP/1.1 request needs a Host line."));
-        }
         request.headers_mut().insert(HOST, default_host.clone());
     }
     Ok(())

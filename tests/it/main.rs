@@ -9,12 +9,16 @@
     unreachable_pub
 )]
 
+mod admin;
 mod clients;
+mod disk;
 mod execution;
 mod headers;
+mod key;
 mod limits;
 mod outcomes;
 mod pass;
 mod replay;
+mod routes;
 mod support;
 mod waiting;

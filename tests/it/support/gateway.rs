@@ -219,7 +219,9 @@ impl Drop for Gateway {
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
-            eprintln!("--- the gateway's log:\n{}", self.log());
+            let log = self.log();
+            let lines = log.lines().collect::<Vec<_>>();
+            eprintln!("--- the gateway's last words:\n{}", lines[lines.len().saturating_sub(30)..].join("\n"));
         }
     }
 }
