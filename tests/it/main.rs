@@ -12,4 +12,5 @@
 mod execution;
 mod key;
 mod routes;
+mod scope;
 mod support;
