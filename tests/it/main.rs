@@ -10,6 +10,7 @@
 )]
 
 mod execution;
+mod fingerprint;
 mod key;
 mod routes;
 mod scope;
