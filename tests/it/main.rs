@@ -9,6 +9,7 @@
     unreachable_pub
 )]
 
+mod chaining;
 mod execution;
 mod fingerprint;
 mod key;
