@@ -13,7 +13,8 @@ fn send(gateway: &Gateway, key: &str, headers: Headers<'_>, body: impl AsRef<[u8
 
 fn send_to(gateway: &Gateway, target: &str, key: &str, headers: Headers<'_>, body: impl AsRef<[u8]>) -> Response {
     let body = body.as_ref();
-    let mut head = format!("POST {target} HTTP/1.1\r\nHost: a.example\r\nAuthorization: a\r\nIdempotency-Key: {key}\r\n");
+    let mut head =
+        format!("POST {target} HTTP/1.1\r\nHost: a.example\r\nAuthorization: a\r\nIdempotency-Key: {key}\r\n");
     for (name, value) in headers {
         head += &format!("{name}: {value}\r\n");
     }
@@ -124,7 +125,10 @@ fn a_body_that_is_no_plain_json_compares_by_its_bytes() {
             (&nested(100_000, ""), &nested(100_000, " "), false),
         ],
     );
-    compare("", &[(JSON, b"[\"\xff\"]", JSON, b"[ \"\xff\"]", false), (JSON, b"[\"\xff\"]", JSON, b"[\"\xfe\"]", false)]);
+    compare(
+        "",
+        &[(JSON, b"[\"\xff\"]", JSON, b"[ \"\xff\"]", false), (JSON, b"[\"\xff\"]", JSON, b"[\"\xfe\"]", false)],
+    );
 }
 
 #[test]
@@ -172,7 +176,9 @@ fn the_path_is_compared_fully_decoded_and_the_query_raw() {
     let gateway = Gateway::start(&upstream, "idempotency.scope = [\"authorization\"]\n");
     send_to(&gateway, "/v1/workspaces/a%40b/posts?x=%41", "k", JSON, "{}");
     assert!(send_to(&gateway, "//v1/workspaces/%61@b/posts/?x=%41", "k", JSON, "{}").replayed());
-    for target in ["/v1/workspaces/A@b/posts?x=%41", "/v1/workspaces/a@b/posts?x=A", "/v1/workspaces/a@b/posts", "/posts?x=%41"] {
+    for target in
+        ["/v1/workspaces/A@b/posts?x=%41", "/v1/workspaces/a@b/posts?x=A", "/v1/workspaces/a@b/posts", "/posts?x=%41"]
+    {
         send_to(&gateway, target, "k", JSON, "{}").expect_problem(422, "key_reused");
     }
     assert_eq!(upstream.count(), 1);
@@ -181,7 +187,8 @@ fn the_path_is_compared_fully_decoded_and_the_query_raw() {
 #[test]
 fn the_boundary_of_a_multipart_body_does_not_count() {
     let body = |boundary: &str, text: &str| {
-        format!("--{boundary}\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\n{text}\r\n--{boundary}--\r\n").into_bytes()
+        format!("--{boundary}\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\n{text}\r\n--{boundary}--\r\n")
+            .into_bytes()
     };
     let first: Headers<'_> = &[("Content-Type", "multipart/form-data; boundary=one")];
     let second: Headers<'_> = &[("Content-Type", "multipart/form-data; boundary=\"two two\"")];
@@ -301,6 +308,15 @@ fn a_record_made_under_other_settings_is_not_compared() {
     }
     let gateway = start("");
     gateway.post("k", r#"{"a":2}"#).expect_problem(422, "key_reused");
-    assert!(gateway.call(request("POST", "/posts", &[("Authorization", "Bearer alice"), ("Content-Type", "application/json"), ("Idempotency-Key", "k")], "{ \"a\" : 1 }")).replayed());
+    assert!(
+        gateway
+            .call(request(
+                "POST",
+                "/posts",
+                &[("Authorization", "Bearer alice"), ("Content-Type", "application/json"), ("Idempotency-Key", "k")],
+                "{ \"a\" : 1 }"
+            ))
+            .replayed()
+    );
     assert_eq!(upstream.count(), 1);
 }

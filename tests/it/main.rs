@@ -13,6 +13,7 @@ mod chaining;
 mod execution;
 mod fingerprint;
 mod key;
+mod problems;
 mod routes;
 mod scope;
 mod support;

@@ -379,7 +379,8 @@ fn a_transfer_coding_other_than_one_chunked_is_refused() {
     assert_eq!(upstream.count(), 0);
     for (number, path) in ["/posts", "/other"].iter().enumerate() {
         let head = format!("POST {path} HTTP/1.1\r\nHost: a.example\r\nAuthorization: a\r\nIdempotency-Key: k\r\n");
-        let answer = gateway.call(format!("{head}Transfer-Encoding: Chunked\r\n\r\n1\r\n{{\r\n1;x=y\r\n}}\r\n0\r\n\r\n"));
+        let answer =
+            gateway.call(format!("{head}Transfer-Encoding: Chunked\r\n\r\n1\r\n{{\r\n1;x=y\r\n}}\r\n0\r\n\r\n"));
         assert_eq!((answer.status, upstream.requests()[number].body.as_slice()), (201, b"{}".as_slice()), "{path}");
     }
 }

@@ -176,7 +176,8 @@ fn a_trusted_header_counts_from_trusted_proxies_alone() {
     expect_strangers(&gateway, &upstream, "/posts", &tenants);
     expect_refused(&gateway, &upstream, &[&[("Authorization", "Bearer a")], &[("X-User", "a"), ("X-User", "a")]]);
     let upstream = Upstream::counting();
-    let gateway = Gateway::start(&upstream, &format!("{settings}server.trusted_proxies = [\"127.0.0.2\", \"10.0.0.0/8\"]\n"));
+    let gateway =
+        Gateway::start(&upstream, &format!("{settings}server.trusted_proxies = [\"127.0.0.2\", \"10.0.0.0/8\"]\n"));
     expect_refused(&gateway, &upstream, &[&[("X-User", "a")], &[("X-User", "a"), ("Authorization", "Bearer a")]]);
     assert_eq!(send(&gateway, "/posts", &[]).status, 201);
     let refusal = refusal(settings);
