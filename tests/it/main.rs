@@ -10,15 +10,19 @@
 )]
 
 mod admin;
+mod chaining;
 mod clients;
 mod disk;
 mod execution;
+mod fingerprint;
 mod headers;
 mod key;
 mod limits;
 mod outcomes;
 mod pass;
+mod problems;
 mod replay;
 mod routes;
+mod scope;
 mod support;
 mod waiting;
