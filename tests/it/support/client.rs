@@ -55,6 +55,14 @@ impl Client {
         Self { stream, buffer: Vec::new() }
     }
 
+    /// As `connect`, to an address where nobody may listen any more.
+    pub fn try_connect(addr: SocketAddr) -> Option<Self> {
+        let stream = TcpStream::connect(addr).ok()?;
+        stream.set_nodelay(true).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).ok()?;
+        Some(Self { stream, buffer: Vec::new() })
+    }
+
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.stream.write_all(bytes.as_ref()).unwrap();
     }
