@@ -313,7 +313,8 @@ fn under_load(what: &str, settings: &str, mut disturb: impl FnMut(&World, Gatewa
     let mut gateway = Gateway::start(&upstream, settings);
     *world.gateway.lock().unwrap() = gateway.addr;
     let mut crashes = 0;
-    thread::scope(|scope| {
+    // It has to outlive the clients, which bring to an end what they have begun.
+    let _gateway = thread::scope(|scope| {
         // The clients stop whatever happens here, a panic included.
         struct Stop<'a>(&'a AtomicBool);
         impl Drop for Stop<'_> {
@@ -338,6 +339,7 @@ fn under_load(what: &str, settings: &str, mut disturb: impl FnMut(&World, Gatewa
         *world.gateway.lock().unwrap() = gateway.addr;
         crashes += 1;
         thread::sleep(Duration::from_millis(200));
+        gateway
     });
     world.audit(what, crashes);
 }
