@@ -44,12 +44,8 @@ fn key(arguments: &[&str]) -> String {
 
 fn key_of_json(payload: &str) -> String {
     let dir = tempfile::tempdir().unwrap();
-    let mut child = oncegate(dir.path())
-        .args(["key", "--json", "-"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child =
+        oncegate(dir.path()).args(["key", "--json", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     child.stdin.take().unwrap().write_all(payload.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0));
@@ -108,10 +104,16 @@ fn a_missing_file_exits_2() {
 /// Keys are stable across versions: never change these values.
 #[test]
 fn keys_are_what_they_have_always_been() {
-    assert_eq!(key(&["user-1", "draft-7", "1700000000"]), "730364d3c4d132aab8fe0abe177bb14c464177ef5ea4076a9e2a7ea02c5d67fc");
+    assert_eq!(
+        key(&["user-1", "draft-7", "1700000000"]),
+        "730364d3c4d132aab8fe0abe177bb14c464177ef5ea4076a9e2a7ea02c5d67fc"
+    );
     assert_eq!(key(&["a"]), "57feb47890e14caeeef4fed93f6b8fcea50f8fe0c00988ccf65465e9aa833347");
     assert_eq!(key(&[""]), "71e0a99173564931c0b8acc52d2685a8e39c64dc52e3d02390fdac2a12b155cb");
-    assert_eq!(key_of_json(r#"{"a":1,"b":[true,null,"x"]}"#), "16cd0c3026e7e2b142d44de58180a3b88a4f177b1c5988061ee8dcc10c24d76a");
+    assert_eq!(
+        key_of_json(r#"{"a":1,"b":[true,null,"x"]}"#),
+        "16cd0c3026e7e2b142d44de58180a3b88a4f177b1c5988061ee8dcc10c24d76a"
+    );
 }
 
 #[test]

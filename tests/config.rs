@@ -69,7 +69,11 @@ const ERRORS: &[(&str, &str, &str)] = &[
     ("upstream.url = \"http://a:0\"", "f.toml:1: upstream.url: ", "is no upstream"),
     ("upstream.host = \"a b\"", "f.toml:1: upstream.host: ", "nor a host name"),
     // Contradictions.
-    ("[[routes]]\npath = \"/a\"\nscope = [\"path\"]", "f.toml:3: routes[0].scope: ", "no part that only the key's owner"),
+    (
+        "[[routes]]\npath = \"/a\"\nscope = [\"path\"]",
+        "f.toml:3: routes[0].scope: ",
+        "no part that only the key's owner",
+    ),
     (
         "[[routes]]\npath = \"/a\"\nscope = [\"authorization\", \"path:id\"]",
         "f.toml:3: routes[0].scope: ",
@@ -90,11 +94,7 @@ const ERRORS: &[(&str, &str, &str)] = &[
         "f.toml:4: routes[0].missing_key: ",
         "needs a fingerprint",
     ),
-    (
-        "[[routes]]\npath = \"/a\"\nfingerprint_ignore = [\"x\"]",
-        "f.toml:3: routes[0].fingerprint_ignore: ",
-        "x",
-    ),
+    ("[[routes]]\npath = \"/a\"\nfingerprint_ignore = [\"x\"]", "f.toml:3: routes[0].fingerprint_ignore: ", "x"),
     ("[[routes]]\ncase_sensitive = false", "f.toml:1: routes[0].path: ", "is missing"),
     (
         "[[routes]]\npath = \"/a/{x}\"\n[[routes]]\npath = \"/a/{y}\"",
@@ -107,11 +107,7 @@ const ERRORS: &[(&str, &str, &str)] = &[
         "matches the same paths as",
     ),
     ("idempotency.scope = []", "f.toml:1: idempotency.scope: ", "at least one part"),
-    (
-        "idempotency.scope = [\"authorization\", \"header:Authorization\"]",
-        "f.toml:1: idempotency.scope: ",
-        "twice",
-    ),
+    ("idempotency.scope = [\"authorization\", \"header:Authorization\"]", "f.toml:1: idempotency.scope: ", "twice"),
     ("idempotency.scope = [\"user\"]", "f.toml:1: idempotency.scope: ", "is no part of a scope"),
     ("idempotency.scope = [\"header:\"]", "f.toml:1: idempotency.scope: ", "is no part of a scope"),
     (
@@ -239,7 +235,9 @@ fn the_environment_beats_the_file_and_flags_beat_both() {
 
 #[test]
 fn a_route_beats_the_general_settings_which_beat_the_defaults() {
-    let general = good("idempotency.retention = \"1h\"\n[[routes]]\npath = \"/a\"\n[[routes]]\npath = \"/b\"\nretention = \"2h\"");
+    let general = good(
+        "idempotency.retention = \"1h\"\n[[routes]]\npath = \"/a\"\n[[routes]]\npath = \"/b\"\nretention = \"2h\"",
+    );
     assert_eq!(
         general,
         good("[[routes]]\npath = \"/a\"\nretention = \"1h\"\n[[routes]]\npath = \"/b\"\nretention = \"2h\"")
@@ -275,7 +273,9 @@ fn the_shipped_file_is_the_defaults() {
 
 #[test]
 fn the_shipped_file_names_every_key() {
-    for section in ["", "server", "server.limits", "upstream", "idempotency", "idempotency.outcomes", "cache", "store", "admin"] {
+    for section in
+        ["", "server", "server.limits", "upstream", "idempotency", "idempotency.outcomes", "cache", "store", "admin"]
+    {
         let dot = if section.is_empty() { "" } else { "." };
         let found = lines(&format!("{section}{dot}zzzzzzzzzzzzzzzz = 1"));
         let known = found[0].split_once("there are: ").unwrap_or_else(|| panic!("{found:?}")).1;
@@ -290,7 +290,9 @@ fn the_shipped_file_names_every_key() {
             let end = if section.is_empty() { body.len() } else { body.find("\n[").unwrap_or(body.len()) };
             let named = body[..end].lines().any(|line| {
                 let line = line.trim_start_matches("# ");
-                line.starts_with(&format!("{key} =")) || line.starts_with(&format!("[{section}{dot}{key}")) || line.starts_with(&format!("[[{key}"))
+                line.starts_with(&format!("{key} ="))
+                    || line.starts_with(&format!("[{section}{dot}{key}"))
+                    || line.starts_with(&format!("[[{key}"))
             }) || SHIPPED.contains(&format!("\n[{section}{dot}{key}]"));
             assert!(named, "{section}{dot}{key} is not in config.toml");
         }

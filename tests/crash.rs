@@ -120,7 +120,8 @@ impl World {
         if dice % 5 == 4 {
             thread::sleep(Duration::from_millis(random.below(80)));
         }
-        let body = format!("{{\"key\":\"{key}\",\"execution\":{}}}", random.next()) + &"x".repeat(random.below(3000) as usize);
+        let body =
+            format!("{{\"key\":\"{key}\",\"execution\":{}}}", random.next()) + &"x".repeat(random.below(3000) as usize);
         let headers = [
             ("Date", "Sun, 06 Nov 1994 08:49:37 GMT"),
             ("Content-Type", "text/plain"),
@@ -210,7 +211,9 @@ impl World {
                 self.counts.refused.fetch_add(1, Ordering::Relaxed);
                 false
             }
-            (409, Some("in_progress"), None) | (502, None, Some("unknown")) | (502, Some("upstream_broken"), None) => false,
+            (409, Some("in_progress"), None) | (502, None, Some("unknown")) | (502, Some("upstream_broken"), None) => {
+                false
+            }
             (503, Some("store_unavailable" | "overloaded"), None) => {
                 self.counts.unavailable.fetch_add(1, Ordering::Relaxed);
                 false
