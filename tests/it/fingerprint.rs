@@ -22,9 +22,12 @@ fn send_to(gateway: &Gateway, target: &str, key: &str, headers: Headers<'_>, bod
     gateway.call([head.as_bytes(), body].concat())
 }
 
+/// Two payloads, each with its headers, and whether they are one.
+type Pair<'a> = (Headers<'a>, &'a [u8], Headers<'a>, &'a [u8], bool);
+
 /// Asserts of each pair of payloads whether they are one.
 #[track_caller]
-fn compare(settings: &str, pairs: &[(Headers<'_>, &[u8], Headers<'_>, &[u8], bool)]) {
+fn compare(settings: &str, pairs: &[Pair<'_>]) {
     let upstream = Upstream::counting();
     let gateway = Gateway::start(&upstream, settings);
     for (number, (first_headers, first, second_headers, second, same)) in pairs.iter().enumerate() {
