@@ -202,7 +202,10 @@ fn check_trusted(route: &RouteOptions, request: &Request<'_>) -> Result<(), Prob
 /// not fall in with strangers.
 fn check_anonymous(route: &RouteOptions, headers: &HeaderMap) -> Result<(), Problem> {
     let others = std::iter::once(&AUTHORIZATION).chain(&route.credential_headers);
-    let Some(other) = others.into_iter().find(|name| headers.contains_key(*name)) else { return Ok(()) };
+    // An empty line carries no credential, as in the scope itself.
+    let carried =
+        |name: &HeaderName| headers.get_all(name).iter().any(|value| !value.as_bytes().trim_ascii().is_empty());
+    let Some(other) = others.into_iter().find(|name| carried(name)) else { return Ok(()) };
     let parts = route.scope.iter().filter(|part| is_credential(part, route));
     let parts = parts.map(ToString::to_string).collect::<Vec<_>>().join(" or ");
     Err(missing(format!(
