@@ -66,6 +66,7 @@ fn requests_without_any_credential_share_one_tenant() {
     assert!(!send(&gateway, "/posts", &[]).replayed());
     assert!(send(&gateway, "/posts", &[]).replayed());
     assert!(send(&gateway, "/posts", &[("User-Agent", "x"), ("X-Other", "y")]).replayed());
+    assert!(send(&gateway, "/posts", &[("Authorization", ""), ("Cookie", "")]).replayed(), "empty is absent");
     assert_eq!(upstream.count(), 1);
 }
 
