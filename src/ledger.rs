@@ -361,39 +361,69 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Claim<S, R> {
 
 impl<S: Store, R: Clone + Send + Sync + 'static> HeldClaim<S, R> {
     async fn settle(self, outcome: Outcome, shared_response: Option<R>) -> Result<(), StoreError> {
-        let Self { shared, arrival, owner, version, record } = self;
-        let metrics = &shared.metrics;
+        let metrics = &self.shared.metrics;
         match &outcome {
             Outcome::Final(_) => metrics.settled_final.inc(),
             Outcome::NotExecuted(_) => metrics.settled_not_executed.inc(),
             Outcome::Unknown(_) => metrics.settled_unknown.inc(),
         };
+        let event = Event::Settle { token: self.record.token, outcome };
+        match self.write(&event).await {
+            Ok(settled) => {
+                self.finish(settled, shared_response);
+                Ok(())
+            }
+            Err(error) => {
+                metrics.settle_failures.inc();
+                tracing::error!(record = %self.arrival.id, %error, "an outcome could not be recorded; the claim stays");
+                // A full disk has refused it without harm: it is recorded once there is room, and waited for until then.
+                if matches!(error, StoreError::Full { .. }) {
+                    tokio::spawn(self.settle_when_there_is_room(event));
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn write(&self, event: &Event) -> Result<(Decision, Option<(Version, Record)>), StoreError> {
+        let Self { shared, arrival, version, record, .. } = self;
         let started = Instant::now();
-        let stored = Some((version, Record::clone(&record)));
-        let event = Event::Settle { token: record.token, outcome };
-        let settled = shared.apply(arrival.id, &arrival.policy, stored, &event).await;
-        metrics.settle_seconds.observe(started.elapsed().as_secs_f64());
+        let settled = shared.apply(arrival.id, &arrival.policy, Some((*version, Record::clone(record))), event).await;
+        shared.metrics.settle_seconds.observe(started.elapsed().as_secs_f64());
+        settled
+    }
+
+    fn finish(self, settled: (Decision, Option<(Version, Record)>), shared_response: Option<R>) {
+        let Self { shared, arrival, owner, .. } = self;
         match settled {
-            Ok((Decision::Settled, Some((_, record)))) if matches!(record.state, State::Completed { .. }) => {
+            (Decision::Settled, Some((_, record))) if matches!(record.state, State::Completed { .. }) => {
                 let record = Arc::new(record);
                 shared.hot.put(arrival.id, Arc::clone(&record), shared.clock.now());
                 owner.settle(Settlement::Recorded(record));
             }
-            Ok((Decision::Settled, None)) => owner.settle(match shared_response {
+            (Decision::Settled, None) => owner.settle(match shared_response {
                 Some(response) => Settlement::NotExecuted { response, credentials: arrival.credentials },
                 None => Settlement::Again,
             }),
-            Ok(_) => owner.settle(Settlement::Again),
-            Err(error) => {
-                metrics.settle_failures.inc();
-                tracing::error!(record = %arrival.id, %error, "an outcome could not be recorded; the claim stays");
-                owner.settle(Settlement::Again);
-                return Err(error);
+            _ => owner.settle(Settlement::Again),
+        }
+    }
+
+    async fn settle_when_there_is_room(self, event: Event) {
+        loop {
+            tokio::time::sleep(ROOM_CHECK).await;
+            match self.write(&event).await {
+                Err(StoreError::Full { .. }) => {}
+                Ok(settled) => return self.finish(settled, None),
+                // Found at the next start.
+                Err(_) => return,
             }
         }
-        Ok(())
     }
 }
+
+/// How often an outcome that found no room is tried again.
+const ROOM_CHECK: Duration = Duration::from_millis(200);
 
 impl<S: Store, R: Clone + Send + Sync + 'static> Drop for Claim<S, R> {
     fn drop(&mut self) {

@@ -13,6 +13,8 @@ enum Fault {
     Refuse,
     /// It is written, but the answer is lost.
     LoseAnswer,
+    /// The disk is full.
+    Full,
 }
 
 /// A store in memory whose writes can be held up or fail on command.
@@ -57,6 +59,9 @@ impl Store for Arc<Scripted> {
         let fault = state.faults.pop_front().flatten();
         if fault == Some(Fault::Refuse) {
             return Err(failed());
+        }
+        if fault == Some(Fault::Full) {
+            return Err(StoreError::Full { path: "here".to_owned(), min_free_bytes: 0 });
         }
         let current = state.entries.get(&id).cloned();
         if current.as_ref().map(|entry| entry.version) != expected {
@@ -330,9 +335,20 @@ async fn a_claim_whose_settle_fails_stays_and_is_unknown_after_a_restart() {
         let answer = claim_answer(&restarted, &arrival(1, 1)).await;
         match fault {
             Fault::Refuse => assert!(recovered == 1 && matches!(answer, Answer::OutcomeUnknown), "{answer:?}"),
-            Fault::LoseAnswer => assert_eq!((recovered, replayed_body(&answer)), (0, Bytes::from_static(b"one"))),
+            Fault::LoseAnswer | Fault::Full => assert_eq!((recovered, replayed_body(&answer)), (0, Bytes::from_static(b"one"))),
         }
     }
+}
+
+#[tokio::test]
+async fn a_settle_that_finds_no_room_is_recorded_once_there_is() {
+    let bench = bench();
+    let claimed = claim(&bench.ledger).await;
+    bench.store.state.lock().unwrap().faults.extend([Some(Fault::Full); 2]);
+    assert!(claimed.settle(response("one"), None).await.is_err());
+    let waiter = waiting(&bench.ledger, &arrival(1, 1));
+    assert!(matches!(waiter.settled(soon()).await, Ok(Settlement::Recorded(_))));
+    assert_eq!(replayed_body(&answered(&bench.ledger, &arrival(1, 1))), "one");
 }
 
 #[tokio::test]
