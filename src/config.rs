@@ -4,9 +4,12 @@
 mod reader;
 mod routes;
 mod sections;
+#[cfg(test)]
+mod tests;
 
 use crate::{admin, gateway, ledger, server, store};
 use reader::{At, Errors, Node};
+use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -56,12 +59,15 @@ pub const DEFAULT_FILE: &str = "config.toml";
 /// All that is wrong, at once.
 pub fn load(
     file: Option<&Path>,
-    environment: impl IntoIterator<Item = (String, String)>,
+    environment: impl IntoIterator<Item = (OsString, OsString)>,
     flags: &Flags,
 ) -> Result<(Config, Option<PathBuf>), ConfigErrors> {
     let path = match file {
         Some(path) => Some(path.to_owned()),
-        None => Some(PathBuf::from(DEFAULT_FILE)).filter(|path| path.exists()),
+        // A link that leads nowhere or a forbidden directory must not pass for "no file": the defaults are another store.
+        None => Some(PathBuf::from(DEFAULT_FILE)).filter(|path| {
+            std::fs::symlink_metadata(path).err().is_none_or(|error| error.kind() != std::io::ErrorKind::NotFound)
+        }),
     };
     let text = match &path {
         None => String::new(),
@@ -70,7 +76,37 @@ pub fn load(
         })?,
     };
     let name = path.as_ref().map_or_else(String::new, |path| path.display().to_string());
-    parse(&name, &text, environment, flags).map(|config| (config, path))
+    let (variables, mut unreadable) = readable(environment);
+    match parse(&name, &text, variables, flags) {
+        Ok(config) if unreadable.is_empty() => Ok((config, path)),
+        Ok(_) => Err(ConfigErrors { lines: unreadable }),
+        Err(mut errors) => {
+            errors.lines.append(&mut unreadable);
+            Err(errors)
+        }
+    }
+}
+
+/// The variables that are UTF-8, and an error for each of ours that is not: a setting is never ignored in silence.
+fn readable(environment: impl IntoIterator<Item = (OsString, OsString)>) -> (Vec<(String, String)>, Vec<String>) {
+    let (mut variables, mut errors) = (Vec::new(), Vec::new());
+    for (name, value) in environment {
+        match (name.into_string(), value.into_string()) {
+            (Ok(name), Ok(value)) => variables.push((name, value)),
+            (Ok(name), Err(_)) if is_ours(&name) => errors.push(format!("{name}: its value is not UTF-8")),
+            (Err(name), _) if is_ours(&name.to_string_lossy()) => {
+                errors.push(format!("{}: there is no such key: the name is not UTF-8", name.to_string_lossy()));
+            }
+            _ => {}
+        }
+    }
+    errors.sort();
+    (variables, errors)
+}
+
+/// `ONCEGATE_<SECTION>__<KEY>`. A name without `__` is not ours: Kubernetes injects `ONCEGATE_PORT`.
+fn is_ours(variable: &str) -> bool {
+    variable.strip_prefix("ONCEGATE_").is_some_and(|name| name.contains("__"))
 }
 
 /// As [`load`], from a text; `name` stands for the file in messages.
@@ -110,9 +146,9 @@ pub fn parse(
     }
 }
 
-/// `ONCEGATE_<SECTION>__<KEY>` overrides a key; a name without `__` is not ours.
+/// Puts a variable's value where its name says, if it is one of ours.
 fn apply_variable(root: &mut Node, variable: &str, value: &str, errors: &mut Errors) {
-    let Some(name) = variable.strip_prefix("ONCEGATE_").filter(|name| name.contains("__")) else { return };
+    let Some(name) = variable.strip_prefix("ONCEGATE_").filter(|_| is_ours(variable)) else { return };
     let name = name.to_ascii_lowercase();
     let path = name.split("__").collect::<Vec<_>>();
     let at = At::Variable(variable.to_owned());

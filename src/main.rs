@@ -86,17 +86,10 @@ const BAD_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let Cli { command, serve } = Cli::parse();
-    let done = match command.unwrap_or(Command::Serve(serve)) {
-        Command::Serve(options) => return run_gateway(options),
-        Command::Check(options) => return check(&options),
+    match command.unwrap_or(Command::Serve(serve)) {
+        Command::Serve(options) => run_gateway(options),
+        Command::Check(options) => check(&options),
         Command::Key(Key { source }) => key(&source),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            complain(&format!("{error:#}"));
-            ExitCode::from(BAD_USAGE)
-        }
     }
 }
 
@@ -106,10 +99,7 @@ fn complain(text: &str) {
 }
 
 fn load(file: Option<&Path>, flags: &Flags) -> Result<(Config, Option<PathBuf>), ExitCode> {
-    // A variable that is not UTF-8 is none of ours.
-    let variables =
-        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-    config::load(file, variables, flags).map_err(|errors| {
+    config::load(file, std::env::vars_os(), flags).map_err(|errors| {
         for line in &errors.lines {
             complain(line);
         }
@@ -166,19 +156,35 @@ fn serve(config: Config, accept_new_identity: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn key(source: &KeySource) -> anyhow::Result<()> {
+fn key(source: &KeySource) -> ExitCode {
     let digest = match &source.json {
         None => run::key_of_parts(&source.parts),
-        Some(path) => {
-            let mut payload = Vec::new();
-            if path.as_os_str() == "-" {
-                std::io::stdin().read_to_end(&mut payload).context("cannot read standard input")?;
-            } else {
-                payload = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        Some(path) => match payload(path) {
+            Ok(payload) => FingerprintSettings::default().json_digest(&payload),
+            Err(error) => {
+                complain(&format!("{error:#}"));
+                return ExitCode::from(BAD_USAGE);
             }
-            FingerprintSettings::default().json_digest(&payload)
-        }
+        },
     };
     let hex = digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    writeln!(std::io::stdout(), "{hex}").context("cannot write to standard output")
+    match writeln!(std::io::stdout(), "{hex}") {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Whoever closed the pipe knows.
+            if error.kind() != std::io::ErrorKind::BrokenPipe {
+                complain(&format!("cannot write to standard output: {error}"));
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn payload(path: &Path) -> anyhow::Result<Vec<u8>> {
+    if path.as_os_str() != "-" {
+        return std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+    }
+    let mut payload = Vec::new();
+    std::io::stdin().read_to_end(&mut payload).context("cannot read standard input")?;
+    Ok(payload)
 }

@@ -1,6 +1,6 @@
 //! A TOML tree in which every value knows where it came from, and typed readers that collect errors.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
@@ -41,10 +41,16 @@ impl Errors {
         self.found.is_empty()
     }
 
-    /// In the order of the file.
+    /// How many have been found: whoever sees it grow knows that what was read is wrong.
+    pub(super) fn count(&self) -> usize {
+        self.found.len()
+    }
+
+    /// In the order of the file, each once: what stands in `[idempotency]` is judged for every route.
     pub(super) fn into_lines(mut self) -> Vec<String> {
         self.found.sort_by_key(|(line, _)| *line);
-        self.found.into_iter().map(|(_, text)| text).collect()
+        let mut seen = BTreeSet::new();
+        self.found.into_iter().map(|(_, text)| text).filter(|text| seen.insert(text.clone())).collect()
     }
 }
 
@@ -64,32 +70,35 @@ pub(super) enum Value {
 pub(super) struct Node {
     pub(super) value: Value,
     pub(super) at: At,
+    /// The text of a variable that looks like a TOML number, boolean or date, but may be meant as a bare string.
+    bare: Option<String>,
 }
 
 impl Node {
+    fn new(value: Value, at: At) -> Self {
+        Self { value, at, bare: None }
+    }
+
     pub(super) fn string(text: &str, at: At) -> Self {
-        Self { value: Value::String(text.to_owned()), at }
+        Self::new(Value::String(text.to_owned()), at)
     }
 
     pub(super) fn empty_table() -> Self {
-        Self { value: Value::Table(BTreeMap::new()), at: At::Nowhere }
+        Self::new(Value::Table(BTreeMap::new()), At::Nowhere)
     }
 
     /// Puts a value in at a path, making tables on the way.
     pub(super) fn set(&mut self, path: &[&str], node: Self, errors: &mut Errors) {
-        let Some((first, rest)) = path.split_first() else {
-            *self = node;
-            return;
-        };
-        match &mut self.value {
-            Value::Table(table) => {
-                let child = table
-                    .entry((*first).to_owned())
-                    .or_insert_with(|| Self { value: Value::Table(BTreeMap::new()), at: node.at.clone() });
-                child.set(rest, node, errors);
-            }
-            _ => errors.add(&node.at, &path.join("."), "there is no such key"),
+        let mut place = self;
+        for step in path {
+            let Value::Table(table) = &mut place.value else {
+                errors.add(&node.at, &path.join("."), "there is no such key: what it would be part of is no table");
+                return;
+            };
+            let table_here = || Self::new(Value::Table(BTreeMap::new()), node.at.clone());
+            place = table.entry((*step).to_owned()).or_insert_with(table_here);
         }
+        *place = node;
     }
 }
 
@@ -101,7 +110,7 @@ pub(super) fn parse_document(text: &str, errors: &mut Errors) -> Node {
         errors.add(&at, "TOML", failure.message());
     }
     let place = |start| At::Line(line_of(text, start));
-    Node { value: Value::Table(convert_table(table.get_ref(), &place)), at: At::Nowhere }
+    Node::new(Value::Table(convert_table(table.get_ref(), &place)), At::Nowhere)
 }
 
 /// Parses the value of a variable: TOML, or else a bare string.
@@ -109,7 +118,11 @@ pub(super) fn parse_value(text: &str, at: &At) -> Node {
     let document = format!("value = {text}");
     let parsed = DeTable::parse(&document).ok().filter(|table| table.get_ref().len() == 1);
     let value = parsed.and_then(|table| Some(convert(table.get_ref().get("value")?, &|_| at.clone())));
-    value.unwrap_or_else(|| Node::string(text, at.clone()))
+    let mut node = value.unwrap_or_else(|| Node::string(text, at.clone()));
+    if matches!(node.value, Value::Integer(_) | Value::Boolean(_) | Value::Other(_)) {
+        node.bare = Some(text.to_owned());
+    }
+    node
 }
 
 fn line_of(text: &str, offset: usize) -> usize {
@@ -129,7 +142,7 @@ fn convert(value: &Spanned<DeValue<'_>>, place: &impl Fn(usize) -> At) -> Node {
         DeValue::Float(_) => Value::Other("a float"),
         DeValue::Datetime(_) => Value::Other("a date"),
     };
-    Node { value: converted, at: place(value.span().start) }
+    Node::new(converted, place(value.span().start))
 }
 
 fn convert_table(table: &DeTable<'_>, place: &impl Fn(usize) -> At) -> BTreeMap<String, Node> {
@@ -190,15 +203,56 @@ impl<'e> Section<'e> {
     }
 
     /// Reads a key with `parse`, which says what would be right.
-    pub(super) fn read<T>(&mut self, key: &'static str, parse: impl FnOnce(&Value) -> Result<T, String>) -> Option<T> {
+    pub(super) fn read<T>(&mut self, key: &'static str, parse: impl Fn(&Value) -> Result<T, String>) -> Option<T> {
         let node = self.take(key)?;
-        match parse(&node.value) {
+        let parsed = parse(&node.value);
+        match parsed.or_else(|message| node.bare.and_then(|text| parse(&Value::String(text)).ok()).ok_or(message)) {
             Ok(value) => Some(value),
             Err(message) => {
                 self.add(&node.at, key, &message);
                 None
             }
         }
+    }
+
+    /// Reads a list, item by item: each bad one is an error at its own line.
+    pub(super) fn read_list<T>(
+        &mut self,
+        key: &'static str,
+        parse: impl Fn(&Value) -> Result<T, String>,
+    ) -> Option<Vec<T>> {
+        let node = self.take(key)?;
+        let Value::Array(items) = node.value else {
+            self.add(&node.at, key, &format!("must be a list, not {}", kind(&node.value)));
+            return None;
+        };
+        let before = self.errors.count();
+        let mut parsed = Vec::new();
+        for item in items {
+            match parse(&item.value) {
+                Ok(value) => parsed.push(value),
+                Err(message) => self.add(&item.at, key, &message),
+            }
+        }
+        (self.errors.count() == before).then_some(parsed)
+    }
+
+    /// As [`Section::read_list`], where a single item may stand without its list.
+    pub(super) fn read_one_or_more<T>(
+        &mut self,
+        key: &'static str,
+        parse: impl Fn(&Value) -> Result<T, String>,
+    ) -> Option<Vec<T>> {
+        if let Some(node) = self.table.get_mut(key)
+            && !matches!(node.value, Value::Array(_))
+        {
+            let at = node.at.clone();
+            let item = std::mem::replace(node, Node::new(Value::Array(Vec::new()), at));
+            if let Value::Array(items) = &mut node.value {
+                items.push(item);
+            }
+        }
+        self.read_list(key, parse)
     }
 
     /// Everything that was not asked for is an error.
@@ -249,11 +303,12 @@ pub(super) fn boolean(value: &Value) -> Result<bool, String> {
     }
 }
 
-/// A count from `min` on.
-pub(super) fn count(min: usize) -> impl Fn(&Value) -> Result<usize, String> {
+/// A count from `min` to `max`.
+pub(super) fn count(min: usize, max: usize) -> impl Fn(&Value) -> Result<usize, String> {
     move |value| match value {
         Value::Integer(number) => match usize::try_from(*number) {
-            Ok(number) if number >= min => Ok(number),
+            Ok(number) if (min..=max).contains(&number) => Ok(number),
+            Ok(number) if number > max => Err(format!("must be {max} or less, not {number}")),
             _ => Err(format!("must be {min} or more, not {number}")),
         },
         other => Err(format!("must be an integer, not {}", kind(other))),
@@ -329,14 +384,6 @@ pub(super) fn choice<T: Copy>(words: &[(&str, T)]) -> impl Fn(&Value) -> Result<
         let found = words.iter().find(|(word, _)| *word == text);
         let all = || words.iter().map(|(word, _)| format!("{word:?}")).collect::<Vec<_>>().join(", ");
         found.map(|(_, meaning)| *meaning).ok_or_else(|| format!("{text:?} is none of {}", all()))
-    }
-}
-
-/// A list, each item parsed; the error of the first bad item.
-pub(super) fn list<T>(item: impl Fn(&Value) -> Result<T, String>) -> impl Fn(&Value) -> Result<Vec<T>, String> {
-    move |value| match value {
-        Value::Array(items) => items.iter().map(|node| item(&node.value)).collect(),
-        other => Err(format!("must be a list, not {}", kind(other))),
     }
 }
 

@@ -1,6 +1,7 @@
 //! `[[routes]]` and `[idempotency]`: any key of the latter may stand in the former, and beats it there.
 
-use super::reader::{At, Errors, Node, Section, Value, boolean, choice, count, duration, list, size, string};
+use super::reader::{At, Errors, Node, Section, Value, boolean, choice, count, duration, size, string};
+use super::sections::COUNT_MAX;
 use crate::gateway::route::Pattern;
 use crate::gateway::scope::{Part, is_credential};
 use crate::gateway::{MissingKey, OnStoreError, ReplayAuth, RouteOptions};
@@ -12,6 +13,8 @@ use std::time::Duration;
 const DEFAULT_ROUTES: [&str; 2] = ["/posts", "/v1/workspaces/{workspace}/posts"];
 const DEFAULT_CREDENTIAL_HEADERS: [&str; 4] = ["cookie", "x-api-key", "api-key", "x-auth-token"];
 const TICK: Duration = Duration::from_millis(1);
+/// How an outcome table's messages about `[idempotency.outcomes]` begin.
+const GENERAL_OUTCOMES: &str = "[idempotency.outcomes] ";
 
 /// Values that were written, each with its place.
 #[derive(Clone, Default)]
@@ -36,6 +39,10 @@ struct Written {
     replay_auth: Option<(ReplayAuth, At)>,
     outcomes: OutcomeLists,
     outcomes_at: Option<At>,
+    /// Where each list of outcomes was written, by its name.
+    outcome_lists_at: Vec<(&'static str, At)>,
+    /// Keys that were written, but wrongly: nothing is concluded from their defaults.
+    wrong: Vec<&'static str>,
 }
 
 /// Reads `[idempotency]`'s keys from wherever they stand.
@@ -43,18 +50,24 @@ fn written(section: &mut Section<'_>) -> Written {
     let mut written = Written::default();
     macro_rules! key {
         ($name:ident, $parse:expr) => {
-            let at = section.at(stringify!($name));
-            written.$name = section.read(stringify!($name), $parse).map(|value| (value, at));
+            key!($name, read, $parse)
+        };
+        ($name:ident, $read:ident, $parse:expr) => {
+            let (at, before) = (section.at(stringify!($name)), section.errors.count());
+            written.$name = section.$read(stringify!($name), $parse).map(|value| (value, at));
+            if section.errors.count() > before {
+                written.wrong.push(stringify!($name));
+            }
         };
     }
     section.read("mode", |value| match choice(&[("enforce", true), ("observe", false)])(value)? {
         true => Ok(()),
         false => Err("\"observe\" is not built yet in this version; use \"enforce\"".to_owned()),
     });
-    key!(header, header_name);
+    key!(header, key_header);
     let missing = [("pass", MissingKey::Pass), ("reject", MissingKey::Reject), ("derive", MissingKey::Derive)];
     key!(missing_key, choice(&missing));
-    key!(scope, scope);
+    key!(scope, read_list, part);
     let modes = [("json", FingerprintMode::Json), ("raw", FingerprintMode::Raw), ("none", FingerprintMode::None)];
     key!(fingerprint, choice(&modes));
     key!(concurrent, choice(&[("wait", Concurrent::Wait), ("conflict", Concurrent::Conflict)]));
@@ -65,25 +78,59 @@ fn written(section: &mut Section<'_>) -> Written {
     key!(unknown_outcome, unknown_outcome);
     key!(on_store_error, choice(&[("reject", OnStoreError::Reject), ("pass", OnStoreError::Pass)]));
     key!(max_recorded_body, size(0));
-    key!(max_waiters_per_key, count(0));
-    key!(drop_headers, list(header_name));
-    key!(fingerprint_ignore, list(string));
-    key!(fingerprint_headers, list(header_name));
-    key!(credential_headers, list(header_name));
-    key!(trusted_headers, list(header_name));
+    key!(max_waiters_per_key, count(0, COUNT_MAX));
+    key!(drop_headers, read_list, header_name);
+    key!(fingerprint_ignore, read_list, string);
+    key!(fingerprint_headers, read_list, header_name);
+    key!(credential_headers, read_list, header_name);
+    key!(trusted_headers, read_list, header_name);
     key!(replay_auth, replay_auth);
+    if let Some(message) = written.scope.as_ref().and_then(|(scope, _)| scope_error(scope)) {
+        let at = written.scope.take().map_or(At::Nowhere, |(_, at)| at);
+        section.add(&at, "scope", &message);
+        written.wrong.push("scope");
+    }
     section.not_built("lookup");
     section.not_built("probe");
     let name = section.key("outcomes");
     if let Some(node) = section.take("outcomes") {
         written.outcomes_at = Some(node.at.clone());
         let mut lists = Section::new(&name, Some(node), section.errors);
-        written.outcomes.final_ = lists.read("final", list(string));
-        written.outcomes.not_executed = lists.read("not_executed", list(string));
-        written.outcomes.unknown = lists.read("unknown", list(string));
+        let names = ["final", "not_executed", "unknown"];
+        written.outcome_lists_at = names.map(|list| (list, lists.at(list))).to_vec();
+        written.outcomes.final_ = lists.read_list("final", string);
+        written.outcomes.not_executed = lists.read_list("not_executed", string);
+        written.outcomes.unknown = lists.read_list("unknown", string);
         lists.finish();
     }
     written
+}
+
+/// The header that bears the key. What frames or routes a message, or is a credential, cannot.
+fn key_header(value: &Value) -> Result<HeaderName, String> {
+    use http::header::{
+        AUTHORIZATION, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, EXPECT, HOST, TE, TRAILER, TRANSFER_ENCODING,
+        UPGRADE, VIA,
+    };
+    const TAKEN: [HeaderName; 12] = [
+        AUTHORIZATION,
+        CONNECTION,
+        CONTENT_LENGTH,
+        CONTENT_TYPE,
+        COOKIE,
+        EXPECT,
+        HOST,
+        TE,
+        TRAILER,
+        TRANSFER_ENCODING,
+        UPGRADE,
+        VIA,
+    ];
+    let name = header_name(value)?;
+    if TAKEN.contains(&name) {
+        return Err(format!("{name} has another meaning in HTTP; choose a header of its own for the key"));
+    }
+    Ok(name)
 }
 
 fn unknown_outcome(value: &Value) -> Result<UnknownOutcome, String> {
@@ -103,17 +150,12 @@ fn header_name(value: &Value) -> Result<HeaderName, String> {
     HeaderName::try_from(text.as_str()).map_err(|_| format!("{text:?} is no header name"))
 }
 
-fn scope(value: &Value) -> Result<Vec<Part>, String> {
-    let parts = list(part)(value)?;
+fn scope_error(parts: &[Part]) -> Option<String> {
     if parts.is_empty() {
-        return Err("needs at least one part, such as \"authorization\"".to_owned());
+        return Some("needs at least one part, such as \"authorization\"".to_owned());
     }
-    for (n, part) in parts.iter().enumerate() {
-        if parts.iter().take(n).any(|earlier| earlier == part) {
-            return Err(format!("names {part} twice"));
-        }
-    }
-    Ok(parts)
+    let twice = parts.iter().enumerate().find(|(n, part)| parts.iter().take(*n).any(|earlier| earlier == *part));
+    twice.map(|(_, part)| format!("names {part} twice"))
 }
 
 fn part(value: &Value) -> Result<Part, String> {
@@ -127,7 +169,8 @@ fn part(value: &Value) -> Result<Part, String> {
             _ => None,
         },
         Some((_, "")) => None,
-        Some(("cookie", name)) => Some(Part::Cookie(name.to_owned())),
+        // A cookie's name is a token (RFC 6265 §4.1.1), as a header's: no request could bear another.
+        Some(("cookie", name)) => HeaderName::try_from(name).is_ok().then(|| Part::Cookie(name.to_owned())),
         Some(("path", name)) => Some(Part::PathParam(name.to_owned())),
         Some(("jwt", _)) => return Err("\"jwt:\" is not built yet in this version".to_owned()),
         // The same header, whichever way it is written.
@@ -153,6 +196,9 @@ pub(super) fn resolve(
     let mut section = Section::new("idempotency", idempotency, errors);
     let general = written(&mut section);
     section.finish();
+    if let Err(messages) = OutcomeTable::new(&general.outcomes, &OutcomeLists::default()) {
+        messages.iter().for_each(|message| outcome_error("idempotency", &general, message, errors));
+    }
     let nodes = match routes {
         None => DEFAULT_ROUTES.into_iter().map(default_route).collect(),
         Some(Node { value: Value::Array(nodes), .. }) => nodes,
@@ -210,11 +256,12 @@ fn route(
     // The other keys are checked all the same.
     let broken = pattern.is_none();
     let pattern = pattern.or_else(|| Pattern::parse("/broken").ok())?;
-    let merged = Merged { own: &own, general, at: &at };
+    let merged = Merged { own: &own, general, at: &at, name };
 
-    let outcomes_at = own.outcomes_at.as_ref().or(general.outcomes_at.as_ref()).unwrap_or(&at).clone();
     let outcomes = OutcomeTable::new(&general.outcomes, &own.outcomes).unwrap_or_else(|messages| {
-        messages.iter().for_each(|message| errors.add(&outcomes_at, &format!("{name}.outcomes"), message));
+        // The general ones have been reported.
+        let own_messages = messages.iter().filter(|message| !message.starts_with(GENERAL_OUTCOMES));
+        own_messages.for_each(|message| outcome_error(name, &own, message, errors));
         OutcomeTable::default()
     });
     let names = |names: &[&'static str]| names.iter().map(|name| HeaderName::from_static(name)).collect::<Vec<_>>();
@@ -249,8 +296,24 @@ fn route(
         trusted_headers: merged.get(|w| &w.trusted_headers).unwrap_or_default(),
         replay_auth: merged.get(|w| &w.replay_auth).unwrap_or(ReplayAuth::Scope),
     };
-    contradictions(name, &options, &merged, no_trusted_proxies, broken, errors);
+    contradictions(&options, &merged, no_trusted_proxies, broken, errors);
     (!broken).then_some(options)
+}
+
+/// Reports what is wrong with an outcome table: a bad entry at its list, a contradiction of two lists at the table.
+fn outcome_error(table: &str, written: &Written, message: &str, errors: &mut Errors) {
+    let message = message.strip_prefix(GENERAL_OUTCOMES).or(message.strip_prefix("outcomes.")).unwrap_or(message);
+    let list = written.outcome_lists_at.iter().find_map(|(list, at)| {
+        let entry = message.strip_prefix(list)?.strip_prefix(": ").filter(|entry| entry.contains("is no entry"))?;
+        Some((list, at, entry))
+    });
+    match list {
+        Some((list, at, entry)) => errors.add(at, &format!("{table}.outcomes.{list}"), entry),
+        None => {
+            let at = written.outcomes_at.clone().unwrap_or(At::Nowhere);
+            errors.add(&at, &format!("{table}.outcomes"), message);
+        }
+    }
 }
 
 /// A route's own keys before the general ones.
@@ -258,6 +321,7 @@ struct Merged<'a> {
     own: &'a Written,
     general: &'a Written,
     at: &'a At,
+    name: &'a str,
 }
 
 impl Merged<'_> {
@@ -265,23 +329,35 @@ impl Merged<'_> {
         field(self.own).as_ref().or(field(self.general).as_ref()).map(|(value, _)| value.clone())
     }
 
-    fn at<T>(&self, field: impl Fn(&Written) -> &Option<(T, At)>) -> At {
-        field(self.own).as_ref().or(field(self.general).as_ref()).map_or(self.at, |(_, at)| at).clone()
+    /// Where a key was written, and in which table; a default belongs to the route.
+    fn place<T>(&self, field: impl Fn(&Written) -> &Option<(T, At)>) -> (At, &str) {
+        match (field(self.own), field(self.general)) {
+            (Some((_, at)), _) => (at.clone(), self.name),
+            (None, Some((_, at))) => (at.clone(), "idempotency"),
+            (None, None) => (self.at.clone(), self.name),
+        }
+    }
+
+    /// Whether none of these keys was miswritten.
+    fn sound(&self, keys: &[&str]) -> bool {
+        !keys.iter().any(|key| self.own.wrong.contains(key) || self.general.wrong.contains(key))
     }
 }
 
 /// Settings that cannot stand together.
 fn contradictions(
-    name: &str,
     route: &RouteOptions,
     merged: &Merged<'_>,
     no_trusted_proxies: bool,
     no_pattern: bool,
     errors: &mut Errors,
 ) {
-    let mut add = |at: At, key: &str, message: &str| errors.add(&at, &format!("{name}.{key}"), message);
-    let scope_at = || merged.at(|w| &w.scope);
-    if route.replay_auth == ReplayAuth::Scope && !route.scope.iter().any(|part| is_credential(part, route)) {
+    let mut add = |(at, table): (At, &str), key: &str, message: &str| {
+        errors.add(&at, &format!("{table}.{key}"), message);
+    };
+    let scope_at = || merged.place(|w| &w.scope);
+    let judged = merged.sound(&["scope", "replay_auth", "credential_headers", "trusted_headers"]);
+    if judged && route.replay_auth == ReplayAuth::Scope && !route.scope.iter().any(|part| is_credential(part, route)) {
         add(
             scope_at(),
             "scope",
@@ -301,17 +377,17 @@ fn contradictions(
     }
     if !route.trusted_headers.is_empty() && no_trusted_proxies {
         let message = "needs server.trusted_proxies: from anyone else these headers are refused";
-        add(merged.at(|w| &w.trusted_headers), "trusted_headers", message);
+        add(merged.place(|w| &w.trusted_headers), "trusted_headers", message);
     }
     if let Some(both) = route.trusted_headers.iter().find(|name| route.credential_headers.contains(name)) {
         let message = format!("names {both}, which is in credential_headers too: it is either a secret or an identity");
-        add(merged.at(|w| &w.trusted_headers), "trusted_headers", &message);
+        add(merged.place(|w| &w.trusted_headers), "trusted_headers", &message);
     }
     if route.missing_key == MissingKey::Derive && route.fingerprint.mode == FingerprintMode::None {
         let message = "\"derive\" needs a fingerprint: with \"none\" all payloads would get one key";
-        add(merged.at(|w| &w.missing_key), "missing_key", message);
+        add(merged.place(|w| &w.missing_key), "missing_key", message);
     }
     if let Err(messages) = route.fingerprint.validate() {
-        messages.iter().for_each(|message| add(merged.at(|w| &w.fingerprint_ignore), "fingerprint_ignore", message));
+        messages.iter().for_each(|message| add(merged.place(|w| &w.fingerprint_ignore), "fingerprint_ignore", message));
     }
 }

@@ -1,7 +1,7 @@
 //! Sections, key by key, with their defaults.
 
 use super::Config;
-use super::reader::{At, Errors, Node, Section, Value, boolean, choice, count, duration, list, size, string};
+use super::reader::{At, Errors, Node, Section, Value, boolean, choice, count, duration, size, string};
 use super::routes;
 use crate::gateway::upstream::{Endpoint, HostPolicy};
 use crate::gateway::{self, upstream};
@@ -11,7 +11,7 @@ use crate::{admin, ledger, server, store};
 use http::HeaderValue;
 use http::uri::Authority;
 use ipnet::IpNet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddrV6};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -19,6 +19,10 @@ const ZERO: Duration = Duration::ZERO;
 /// Where zero would mean "never in time".
 const TICK: Duration = Duration::from_millis(1);
 const MIB: u64 = 1 << 20;
+/// Far beyond what a process can hold, and within what the runtime's counters take.
+pub(super) const COUNT_MAX: usize = 1 << 24;
+/// Each is an operating system thread.
+const WORKERS_MAX: usize = 1024;
 
 const fn seconds(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
@@ -43,26 +47,97 @@ pub(super) fn resolve(root: Node, errors: &mut Errors) -> Option<Config> {
 
     let (server, client) = server_section(server_node, errors);
     let upstream = upstream_section(upstream_node, errors);
-    let routes = routes::resolve(routes_node, idempotency_node, client.trusted_proxies.is_empty(), errors);
+    let routes = routes::resolve(routes_node, idempotency_node, client.no_trusted_proxies, errors);
     let ledger = cache_section(cache_node, errors);
     let store = store_section(store_node, errors);
-    let admin = admin_section(admin_node, errors);
-    for address in server.listen.iter().filter(|address| **address == admin.listen && !any_port(address)) {
-        errors.add(&At::Nowhere, "admin.listen", &format!("{address} is server.listen already; choose another port"));
-    }
-    let Client { trusted_proxies, max_body, max_buffered, body_timeout } = client;
-    let gateway =
-        gateway::Options { routes, trusted_proxies, max_body, max_buffered, body_timeout, upstream: upstream? };
+    let (admin, admin_at) = admin_section(admin_node, errors);
+    let (upstream, upstream_at) = upstream?;
+    let places = Places { server: client.listen_at, admin: admin_at, upstream: upstream_at };
+    contradictions(&server.listen, &admin.listen, &upstream.endpoint, &places, errors);
+    let Client { trusted_proxies, max_body, max_buffered, body_timeout, .. } = client;
+    let gateway = gateway::Options { routes, trusted_proxies, max_body, max_buffered, body_timeout, upstream };
     Some(Config { server, gateway, ledger, store, admin })
 }
 
-fn any_port(address: &Address) -> bool {
-    matches!(address, Address::Tcp(text) if text.ends_with(":0"))
+/// Where the addresses were written.
+struct Places {
+    server: At,
+    admin: At,
+    upstream: At,
 }
 
-/// What `[server]` says to the gateway.
+/// Addresses that cannot stand together. A default is never to blame: the key that was written is.
+fn contradictions(listen: &[Address], admin: &Address, upstream: &Endpoint, places: &Places, errors: &mut Errors) {
+    for (n, address) in listen.iter().enumerate() {
+        if listen.iter().take(n).any(|earlier| overlap(earlier, address)) {
+            errors.add(
+                &places.server,
+                "server.listen",
+                &format!("{address} is taken by an earlier address of the list"),
+            );
+        }
+        if overlap(address, admin) {
+            let (at, key, other) = match places.admin {
+                At::Nowhere => (&places.server, "server.listen", "admin.listen"),
+                _ => (&places.admin, "admin.listen", "server.listen"),
+            };
+            errors.add(at, key, &format!("{address} is {other} already; choose another port"));
+        }
+    }
+    for (address, key, at) in listen.iter().map(|address| (address, "server.listen", &places.server)).chain([(
+        admin,
+        "admin.listen",
+        &places.admin,
+    )]) {
+        if leads_to(upstream, address) {
+            let (at, key, other) = match places.upstream {
+                At::Nowhere => (at, key, "upstream.url"),
+                _ => (&places.upstream, "upstream.url", key),
+            };
+            errors.add(at, key, &format!("is the same as {other}: the gateway would be its own upstream"));
+        }
+    }
+}
+
+fn host_and_port(address: &str) -> Option<(&str, u16)> {
+    let (host, port) = address.rsplit_once(':')?;
+    Some((host, port.parse().ok()?))
+}
+
+/// Whether two addresses surely cannot be listened to at once. Port 0 is a new port each time.
+fn overlap(one: &Address, other: &Address) -> bool {
+    let (Address::Tcp(one_text), Address::Tcp(other_text)) = (one, other) else { return one == other };
+    match (host_and_port(one_text), host_and_port(other_text)) {
+        (Some((_, 0)), _) | (_, Some((_, 0))) => false,
+        (Some((host, port)), Some((other_host, other_port))) => {
+            let ipv4 = |host: &str| host.parse::<std::net::Ipv4Addr>().is_ok();
+            let all = |host: &str| host == "0.0.0.0";
+            let same = host.eq_ignore_ascii_case(other_host);
+            port == other_port && (same || all(host) && ipv4(other_host) || all(other_host) && ipv4(host))
+        }
+        _ => false,
+    }
+}
+
+/// Whether the upstream is the gateway's own listener.
+fn leads_to(upstream: &Endpoint, listener: &Address) -> bool {
+    match (upstream, listener) {
+        (Endpoint::Unix(path), Address::Unix(own)) => path == own,
+        (Endpoint::Tcp { host, port }, Address::Tcp(own)) => host_and_port(own).is_some_and(|(own_host, own_port)| {
+            let own_host = own_host.trim_start_matches('[').trim_end_matches(']');
+            let here = matches!(host.as_str(), "127.0.0.1" | "::1" | "localhost");
+            *port == own_port && (own_host.eq_ignore_ascii_case(host) || here && matches!(own_host, "0.0.0.0" | "::"))
+        }),
+        _ => false,
+    }
+}
+
+/// What `[server]` says to the gateway and to other sections.
 struct Client {
+    listen_at: At,
     trusted_proxies: Vec<IpNet>,
+    /// None was meant, that is: neither written nor miswritten.
+    no_trusted_proxies: bool,
     max_body: usize,
     max_buffered: usize,
     body_timeout: Duration,
@@ -70,11 +145,18 @@ struct Client {
 
 fn server_section(node: Option<Node>, errors: &mut Errors) -> (server::Options, Client) {
     let mut section = Section::new("server", node, errors);
-    let listen = section.read("listen", addresses).unwrap_or_else(|| vec![Address::Tcp("127.0.0.1:8080".to_owned())]);
-    let workers = section.read("workers", count(0)).unwrap_or(0);
+    let listen_at = section.at("listen");
+    let listen = section.read_one_or_more("listen", address);
+    if listen.as_ref().is_some_and(Vec::is_empty) {
+        section.add(&listen_at, "listen", "needs at least one address");
+    }
+    let listen = listen.unwrap_or_else(|| vec![Address::Tcp("127.0.0.1:8080".to_owned())]);
+    let workers = section.read("workers", count(0, WORKERS_MAX)).unwrap_or(0);
     let drain_delay = section.read("drain_delay", duration(ZERO)).unwrap_or(ZERO);
     let drain_timeout = section.read("drain_timeout", duration(ZERO)).unwrap_or(seconds(25));
-    let trusted_proxies = section.read("trusted_proxies", list(network)).unwrap_or_default();
+    let before = section.errors.count();
+    let trusted_proxies = section.read_list("trusted_proxies", network).unwrap_or_default();
+    let no_trusted_proxies = trusted_proxies.is_empty() && section.errors.count() == before;
     section.not_built("tls");
     section.not_built("cors");
     let limits_node = section.take("limits");
@@ -87,27 +169,30 @@ fn server_section(node: Option<Node>, errors: &mut Errors) -> (server::Options, 
         write_timeout: section.read("write_timeout", duration(TICK)).unwrap_or(seconds(30)),
         // The HTTP library's smallest buffer.
         max_header_bytes: to_usize(section.read("max_header_bytes", size(8192)).unwrap_or(64 << 10)),
-        max_connections: section.read("max_connections", count(1)).unwrap_or(10_000),
+        max_connections: section.read("max_connections", count(1, COUNT_MAX)).unwrap_or(10_000),
     };
-    let body_at = section.at("max_body");
+    let (body_at, buffered_at) = (section.at("max_body"), section.at("max_buffered"));
     let max_body = section.read("max_body", size(0)).unwrap_or(MIB);
     let max_buffered = section.read("max_buffered", size(1)).unwrap_or(256 * MIB);
     if max_body > max_buffered {
-        section.add(&body_at, "max_body", "is larger than max_buffered, so the largest bodies would never fit");
+        if body_at == At::Nowhere {
+            let message = "is smaller than max_body, which is 1MiB by default, so the largest bodies would never fit";
+            section.add(&buffered_at, "max_buffered", message);
+        } else {
+            section.add(&body_at, "max_body", "is larger than max_buffered, so the largest bodies would never fit");
+        }
     }
     let body_timeout = section.read("body_timeout", duration(TICK)).unwrap_or(seconds(30));
     section.finish();
-    let client =
-        Client { trusted_proxies, max_body: to_usize(max_body), max_buffered: to_usize(max_buffered), body_timeout };
-    (server::Options { listen, workers, drain_delay, drain_timeout, limits }, client)
-}
-
-fn addresses(value: &Value) -> Result<Vec<Address>, String> {
-    let addresses = match value {
-        Value::Array(_) => list(address)(value)?,
-        _ => vec![address(value)?],
+    let client = Client {
+        listen_at,
+        trusted_proxies,
+        no_trusted_proxies,
+        max_body: to_usize(max_body),
+        max_buffered: to_usize(max_buffered),
+        body_timeout,
     };
-    if addresses.is_empty() { Err("needs at least one address".to_owned()) } else { Ok(addresses) }
+    (server::Options { listen, workers, drain_delay, drain_timeout, limits }, client)
 }
 
 /// `host:port` or `unix:/path`.
@@ -126,12 +211,25 @@ fn address(value: &Value) -> Result<Address, String> {
             "{text:?} is no address; write one such as \"127.0.0.1:8080\", \"[::1]:8080\" or \"unix:/run/oncegate.sock\""
         )
     };
-    let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
-    let bare_ipv6 = host.contains(':') && !(host.starts_with('[') && host.ends_with(']'));
-    if host.is_empty() || bare_ipv6 || port.parse::<u16>().is_err() {
+    let (host, digits) = text.rsplit_once(':').ok_or_else(wrong)?;
+    if !is_host(host) || port(digits).is_none() {
         return Err(wrong());
     }
     Ok(Address::Tcp(text))
+}
+
+/// A name or an address, IPv6 in brackets. Underscores occur in names of containers.
+fn is_host(host: &str) -> bool {
+    if host.starts_with('[') {
+        return format!("{host}:0").parse::<SocketAddrV6>().is_ok();
+    }
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
+    (1..=253).contains(&host.len()) && host.bytes().all(plain)
+}
+
+/// Digits alone: [`str::parse`] takes a sign, too.
+fn port(digits: &str) -> Option<u16> {
+    digits.parse().ok().filter(|_| digits.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 /// An address or a network.
@@ -141,8 +239,10 @@ fn network(value: &Value) -> Result<IpNet, String> {
     network.ok_or_else(|| format!("{text:?} is neither an address nor a network such as \"10.0.0.0/8\""))
 }
 
-fn upstream_section(node: Option<Node>, errors: &mut Errors) -> Option<upstream::Options> {
+/// Also says where the upstream was written.
+fn upstream_section(node: Option<Node>, errors: &mut Errors) -> Option<(upstream::Options, At)> {
     let mut section = Section::new("upstream", node, errors);
+    let at = section.at("url");
     let url = match section.take("url") {
         None => endpoint("http://127.0.0.1:3000"),
         Some(node) => string(&node.value).and_then(|text| endpoint(&text)).inspect_err(|message| {
@@ -153,12 +253,12 @@ fn upstream_section(node: Option<Node>, errors: &mut Errors) -> Option<upstream:
     let response_timeout = section.read("response_timeout", duration(TICK)).unwrap_or(seconds(30));
     let late_window = section.read("late_window", duration(ZERO)).unwrap_or(seconds(300));
     let idle_timeout = section.read("idle_timeout", duration(ZERO)).unwrap_or(seconds(4));
-    let max_in_flight = section.read("max_in_flight", count(1)).unwrap_or(1024);
+    let max_in_flight = section.read("max_in_flight", count(1, COUNT_MAX)).unwrap_or(1024);
     let host = section.read("host", host_policy).unwrap_or(HostPolicy::Preserve);
     section.not_built("tls");
     section.finish();
     let (endpoint, authority) = url.ok()?;
-    Some(upstream::Options {
+    let options = upstream::Options {
         endpoint,
         authority,
         connect_timeout,
@@ -167,7 +267,8 @@ fn upstream_section(node: Option<Node>, errors: &mut Errors) -> Option<upstream:
         idle_timeout,
         max_in_flight,
         host,
-    })
+    };
+    Some((options, at))
 }
 
 fn endpoint(text: &str) -> Result<(Endpoint, HeaderValue), String> {
@@ -190,12 +291,12 @@ fn endpoint(text: &str) -> Result<(Endpoint, HeaderValue), String> {
     }
     let authority = Authority::try_from(rest).map_err(|_| wrong())?;
     let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
-    let port = match authority.port() {
-        None if rest.ends_with(':') => return Err(wrong()),
-        None => 80,
-        Some(port) => port.as_str().parse::<u16>().ok().filter(|port| *port > 0).ok_or_else(wrong)?,
+    let port = match rest.strip_prefix(authority.host()) {
+        Some("") => 80,
+        Some(after) => after.strip_prefix(':').and_then(port).filter(|port| *port > 0).ok_or_else(wrong)?,
+        None => return Err(wrong()),
     };
-    if host.is_empty() {
+    if !is_host(authority.host()) {
         return Err(wrong());
     }
     let value = HeaderValue::try_from(authority.as_str()).map_err(|_| wrong())?;
@@ -208,10 +309,16 @@ fn host_policy(value: &Value) -> Result<HostPolicy, String> {
         "preserve" => Ok(HostPolicy::Preserve),
         "upstream" => Ok(HostPolicy::Upstream),
         name => match (Authority::try_from(name), HeaderValue::try_from(name)) {
-            (Ok(authority), Ok(value)) if !authority.as_str().contains('@') => Ok(HostPolicy::Name(value)),
+            (Ok(authority), Ok(value)) if is_authority(name, authority.host()) => Ok(HostPolicy::Name(value)),
             _ => Err(format!("{text:?} is neither \"preserve\", \"upstream\" nor a host name")),
         },
     }
+}
+
+/// A host and perhaps a port, and nothing else.
+fn is_authority(text: &str, host: &str) -> bool {
+    let after = text.strip_prefix(host);
+    is_host(host) && after.is_some_and(|after| after.is_empty() || after.strip_prefix(':').and_then(port).is_some())
 }
 
 fn cache_section(node: Option<Node>, errors: &mut Errors) -> ledger::Options {
@@ -269,8 +376,10 @@ fn store_section(node: Option<Node>, errors: &mut Errors) -> store::Options {
     }
 }
 
-fn admin_section(node: Option<Node>, errors: &mut Errors) -> admin::Options {
+/// Also says where its address was written.
+fn admin_section(node: Option<Node>, errors: &mut Errors) -> (admin::Options, At) {
     let mut section = Section::new("admin", node, errors);
+    let at = section.at("listen");
     let listen = section.read("listen", address).unwrap_or_else(|| Address::Tcp("127.0.0.1:9090".to_owned()));
     section.read("ready_needs_store", |value| match boolean(value)? {
         false => Ok(()),
@@ -278,5 +387,5 @@ fn admin_section(node: Option<Node>, errors: &mut Errors) -> admin::Options {
     });
     section.not_built("token_file");
     section.finish();
-    admin::Options { listen }
+    (admin::Options { listen }, at)
 }
