@@ -403,6 +403,15 @@ fn the_boundary_of_a_multipart_body_does_not_count() {
     assert_eq!(multipart("multipart/form-data; x=\"; boundary=no\"; boundary=yes", &form("yes")), one);
     assert_eq!(multipart("multipart/form-data; boundary=\"o\\n\\e\"", &form("one")), one);
     assert_eq!(multipart("multipart/form-data; flag; boundary=one ", &form("one")), one);
+    for parameters in [
+        ";boundary=one",
+        ";flag;boundary=one",
+        ";a=b;boundary=one;c=d",
+        ";a=\"b\";boundary=one",
+        ";a=\"\";;boundary=one",
+    ] {
+        assert_eq!(multipart(&format!("multipart/form-data{parameters}"), &form("one")), one, "{parameters}");
+    }
     assert_ne!(multipart("multipart/mixed; boundary=one", &form("one")), one, "the subtype does");
     assert_ne!(multipart("multipart/form-data; boundary=one", &form("one").replace("two", "tw0")), one);
     assert_ne!(multipart("multipart/form-data; boundary=one", &form("one").replace("name=\"a\"", "name=\"b\"")), one);
@@ -424,6 +433,12 @@ fn a_multipart_body_without_one_clear_boundary_is_raw() {
         assert_ne!(raw, multipart("multipart/form-data; boundary=one", &form("one")), "{content_type}");
         assert_eq!(raw, multipart("multipart/form-data", &form("one")), "{content_type}");
     }
+}
+
+#[test]
+fn only_multipart_bodies_have_a_boundary() {
+    let text = |boundary: &str| multipart(&format!("text/plain; boundary={boundary}"), &form(boundary));
+    assert_ne!(text("one"), text("two"));
 }
 
 #[test]

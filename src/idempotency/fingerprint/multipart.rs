@@ -2,13 +2,13 @@
 
 /// The one `boundary` parameter of a `Content-Type` (RFC 9110 §5.6.6), unquoted; `None` if there is none, or two.
 pub(super) fn boundary(content_type: &[u8]) -> Option<Vec<u8>> {
-    let mut rest = after(content_type, |byte| byte == b';');
+    let mut rest = after_semicolon(content_type);
     let mut found = None;
     while !rest.is_empty() {
         let end = rest.iter().position(|byte| matches!(byte, b'=' | b';')).unwrap_or(rest.len());
         let (name, value) = rest.split_at_checked(end)?;
         let Some(value) = value.strip_prefix(b"=") else {
-            rest = after(value, |byte| byte == b';');
+            rest = after_semicolon(value);
             continue;
         };
         let (value, next) = parameter_value(value)?;
@@ -20,21 +20,20 @@ pub(super) fn boundary(content_type: &[u8]) -> Option<Vec<u8>> {
     found.filter(|boundary| !boundary.is_empty())
 }
 
-/// What comes after the first byte that is `wanted`.
-fn after(text: &[u8], wanted: impl Fn(u8) -> bool) -> &[u8] {
-    text.iter().position(|byte| wanted(*byte)).and_then(|at| text.get(at + 1..)).unwrap_or_default()
+fn after_semicolon(text: &[u8]) -> &[u8] {
+    text.splitn(2, |byte| *byte == b';').nth(1).unwrap_or_default()
 }
 
 /// A token or quoted string, and what comes after the `;` behind it. `None`: the quotes are not closed.
 fn parameter_value(text: &[u8]) -> Option<(Vec<u8>, &[u8])> {
     let Some(mut quoted) = text.trim_ascii_start().strip_prefix(b"\"") else {
         let token = text.split(|byte| *byte == b';').next()?.trim_ascii();
-        return Some((token.to_vec(), after(text, |byte| byte == b';')));
+        return Some((token.to_vec(), after_semicolon(text)));
     };
     let mut value = Vec::new();
     loop {
         match quoted {
-            [b'"', rest @ ..] => return Some((value, after(rest, |byte| byte == b';'))),
+            [b'"', rest @ ..] => return Some((value, after_semicolon(rest))),
             [b'\\', byte, rest @ ..] | [byte, rest @ ..] => {
                 value.push(*byte);
                 quoted = rest;

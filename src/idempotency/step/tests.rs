@@ -60,7 +60,8 @@ fn unknown_since(since: u64, why: Why, expires_at: u64) -> State {
 }
 
 fn arrive(policy: &Policy, stored: Option<&Record>, payload: u8) -> Step {
-    let event = Event::Arrive { origin: origin("new"), fingerprint: fingerprint(payload), token: OTHER };
+    let origin = Origin { attempts: 9, ..origin("new") };
+    let event = Event::Arrive { origin, fingerprint: fingerprint(payload), token: OTHER };
     step(policy, NOW, stored, &event)
 }
 
