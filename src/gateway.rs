@@ -280,7 +280,7 @@ impl Gateway {
             let detail = format!("This request needs the header {}, with a key of its own.", options.header);
             return Err(Problem::new(Code::KeyMissing, detail));
         }
-        let (parts, body) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
         let Intercepted { path, params, peer, .. } = &intercepted;
         let asked = scope::Request { headers: &parts.headers, path, params, peer };
         let (tenant, credentials) = scope::tenant(&self.secret, options, &asked)?;
@@ -288,7 +288,11 @@ impl Gateway {
         let fingerprint = fingerprint(options, &parts, path, &body.bytes);
         let key = match intercepted.key.clone() {
             Some(key) => key,
-            None => derived(&tenant.derive_key(&fingerprint.digest))?,
+            None => {
+                let key = derived(&tenant.derive_key(&fingerprint.digest))?;
+                parts.headers.insert(&options.header, key.header.clone());
+                key
+            }
         };
         let arrival = Arrival {
             id: tenant.record_id(&key.decoded),

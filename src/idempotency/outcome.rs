@@ -107,8 +107,8 @@ pub struct OutcomeTable {
 impl OutcomeTable {
     /// Merges the built-in lists, `[idempotency.outcomes]` and the route's own `outcomes`.
     ///
-    /// A built-in list is dropped where one of the two writes that list. An entry of `general` beats the same entry of a
-    /// built-in list, an entry of `route` both; among different entries the more specific decides, wherever it is from.
+    /// A built-in list is dropped where one of the two writes that list. What an entry of `route` names is decided there,
+    /// else by `general`, else by the built-in lists; within one table the more specific entry decides.
     ///
     /// # Errors
     /// One message per entry that is malformed or stands in two lists of one table. A message about `general` begins with
@@ -125,10 +125,11 @@ impl OutcomeTable {
         if general.unknown.is_some() || route.unknown.is_some() {
             built_in.unknown = None;
         }
-        let mut entries = built_in.parse("", &mut errors);
-        entries.extend(general.parse("[idempotency.outcomes] ", &mut errors));
-        entries.extend(route.parse("outcomes.", &mut errors));
-        if errors.is_empty() { Ok(Self { entries: entries.into_iter().collect() }) } else { Err(errors) }
+        let general = general.parse("[idempotency.outcomes] ", &mut errors);
+        let route = route.parse("outcomes.", &mut errors);
+        let built_in = built_in.parse("", &mut errors);
+        let entries = route.into_iter().chain(general).chain(built_in).collect();
+        if errors.is_empty() { Ok(Self { entries }) } else { Err(errors) }
     }
 
     /// Classifies a response by its status and whether it bears `Retry-After`. A status that no entry names is final.
@@ -243,12 +244,12 @@ mod tests {
     }
 
     #[test]
-    fn a_more_specific_entry_decides_wherever_it_is_from() {
-        let general = OutcomeLists { final_: list(&["502"]), ..Default::default() };
+    fn a_coarser_entry_of_a_nearer_table_decides() {
+        let general = OutcomeLists { final_: list(&["502"]), not_executed: list(&["4xx"]), ..Default::default() };
         let route = OutcomeLists { unknown: list(&["50x"]), ..Default::default() };
         let table = table(general, route);
-        assert_eq!(table.classify(502, false), Class::Final);
-        assert_eq!(table.classify(504, false), Class::Unknown);
+        assert_eq!(table.classify(502, false), Class::Unknown, "the route's 50x before the general 502");
+        assert_eq!(table.classify(408, false), Class::NotExecuted, "the general 4xx before a default");
     }
 
     #[test]

@@ -55,8 +55,11 @@ fn on_a_full_disk_nothing_new_is_claimed_what_is_recorded_replays_and_it_recover
     let before = gateway.post("before", "{}");
     assert_eq!(before.status, 201);
     disk.fill();
-    let refused =
-        eventually("claims are refused", || Some(gateway.post("full", "{}")).filter(|answer| answer.status != 201));
+    let mut attempts = 0;
+    let refused = eventually("claims are refused", || {
+        attempts += 1;
+        Some(gateway.post(&format!("full{attempts}"), "{}")).filter(|answer| answer.status != 201)
+    });
     refused.expect_problem(503, "store_unavailable");
     assert_eq!(refused.header("retry-after"), Some("1"));
     let calls = upstream.count();

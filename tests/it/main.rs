@@ -10,17 +10,22 @@
 )]
 
 mod admin;
+mod chaining;
 mod clients;
 mod disk;
 mod execution;
+mod fingerprint;
 mod framing;
 mod headers;
 mod key;
+mod library_answers;
 mod limits;
 mod outcomes;
 mod pass;
 mod problems;
 mod replay;
+mod replay_fields;
 mod routes;
+mod scope;
 mod support;
 mod waiting;

@@ -92,7 +92,7 @@ fn configured_outcomes_replace_lists_and_the_more_specific_entry_counts() {
             ("521", Then::Unknown),
             ("533", Then::Executed),
             ("503", Then::Executed),
-            ("500", Then::Replay),
+            ("500", Then::Executed),
             ("429", Then::Replay),
             ("408", Then::Replay),
         ],

@@ -1,6 +1,6 @@
 //! What all tests of the running program share.
 
-#![allow(dead_code, unused_imports, reason = "each test binary that includes this uses its own part")]
+#![allow(dead_code, unreachable_pub, unused_imports, reason = "each test binary that includes this uses its own part")]
 
 pub mod client;
 pub mod gateway;

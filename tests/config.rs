@@ -1,0 +1,300 @@
+//! What a configuration may say, and what is said about one that is wrong.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stderr)]
+
+use oncegate::config::{Config, Flags, parse};
+
+fn lines(text: &str) -> Vec<String> {
+    match parse("f.toml", text, [], &Flags::default()) {
+        Ok(_) => Vec::new(),
+        Err(errors) => errors.lines,
+    }
+}
+
+fn with_environment(text: &str, variables: &[(&str, &str)]) -> Result<Config, Vec<String>> {
+    let variables = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    parse("f.toml", text, variables, &Flags::default()).map_err(|errors| errors.lines)
+}
+
+fn good(text: &str) -> String {
+    let config = parse("f.toml", text, [], &Flags::default());
+    format!("{:?}", config.unwrap_or_else(|errors| panic!("{text}\n{errors}")))
+}
+
+/// Text, the only error's start and a fragment of it.
+const ERRORS: &[(&str, &str, &str)] = &[
+    // Names.
+    ("[server]\nlissen = \"a:1\"", "f.toml:2: server.lissen: ", "did you mean listen?"),
+    ("[sever]", "f.toml:1: sever: ", "did you mean server?"),
+    ("[server.limits]\n\nzzzzzz = 1", "f.toml:3: server.limits.zzzzzz: ", "there are: header_timeout, "),
+    ("[[routes]]\npath = \"/a\"\nretension = \"1h\"", "f.toml:3: routes[0].retension: ", "did you mean retention?"),
+    ("[idempotency.outcomes]\nfinl = []", "f.toml:2: idempotency.outcomes.finl: ", "did you mean final?"),
+    // Types.
+    ("server = 1", "f.toml:1: server: ", "must be a table"),
+    ("server.workers = \"2\"", "f.toml:1: server.workers: ", "must be an integer, not a string"),
+    ("server.workers = 1.5", "f.toml:1: server.workers: ", "must be an integer, not a float"),
+    ("server.workers = -1", "f.toml:1: server.workers: ", "must be 0 or more, not -1"),
+    ("store.create = \"true\"", "f.toml:1: store.create: ", "must be true or false, not a string"),
+    ("store.path = 7", "f.toml:1: store.path: ", "must be a string, not an integer"),
+    ("store.path = \"\"", "f.toml:1: store.path: ", "must not be empty"),
+    ("idempotency.scope = \"path\"", "f.toml:1: idempotency.scope: ", "must be a list, not a string"),
+    ("routes = 1", "f.toml:1: routes: ", "must be a list of tables"),
+    ("server.listen = []", "f.toml:1: server.listen: ", "at least one address"),
+    ("server.listen = \"8080\"", "f.toml:1: server.listen: ", "is no address"),
+    ("server.listen = \"a:65536\"", "f.toml:1: server.listen: ", "is no address"),
+    ("server.listen = \"::1:80\"", "f.toml:1: server.listen: ", "is no address"),
+    ("server.listen = \"unix:x\"", "f.toml:1: server.listen: ", "absolute path"),
+    ("server.trusted_proxies = [\"10.0.0.0/33\"]", "f.toml:1: server.trusted_proxies: ", "neither an address nor"),
+    ("idempotency.header = \"a b\"", "f.toml:1: idempotency.header: ", "is no header name"),
+    ("store.durability = \"lax\"", "f.toml:1: store.durability: ", "none of \"strict\", \"relaxed\""),
+    // Durations and sizes.
+    ("server.drain_timeout = 5", "f.toml:1: server.drain_timeout: ", "must be a duration with its unit"),
+    ("server.drain_timeout = \"5\"", "f.toml:1: server.drain_timeout: ", "is no duration"),
+    ("server.drain_timeout = \"s\"", "f.toml:1: server.drain_timeout: ", "is no duration"),
+    ("server.drain_timeout = \"1.5s\"", "f.toml:1: server.drain_timeout: ", "is no duration"),
+    ("server.drain_timeout = \"-1s\"", "f.toml:1: server.drain_timeout: ", "is no duration"),
+    ("server.drain_timeout = \"36601d\"", "f.toml:1: server.drain_timeout: ", "100 years"),
+    ("server.drain_timeout = \"99999999999999999999h\"", "f.toml:1: server.drain_timeout: ", "100 years"),
+    ("idempotency.retention = \"0s\"", "f.toml:1: idempotency.retention: ", "at least 1ms"),
+    ("cache.max_bytes = \"1MB\"", "f.toml:1: cache.max_bytes: ", "is no size"),
+    ("cache.max_bytes = -1", "f.toml:1: cache.max_bytes: ", "is no size"),
+    ("cache.max_bytes = \"8388608TiB\"", "f.toml:1: cache.max_bytes: ", "is no size"),
+    ("cache.max_bytes = true", "f.toml:1: cache.max_bytes: ", "must be a size"),
+    ("server.limits.max_header_bytes = 8191", "f.toml:1: server.limits.max_header_bytes: ", "at least 8192"),
+    // The upstream.
+    ("upstream.url = \"ftp://a\"", "f.toml:1: upstream.url: ", "is no upstream"),
+    ("upstream.url = \"http://a/b\"", "f.toml:1: upstream.url: ", "must end after host and port"),
+    ("upstream.url = \"http://u@a\"", "f.toml:1: upstream.url: ", "must end after host and port"),
+    ("upstream.url = \"http://:80\"", "f.toml:1: upstream.url: ", "is no upstream"),
+    ("upstream.url = \"http://a:0\"", "f.toml:1: upstream.url: ", "is no upstream"),
+    ("upstream.host = \"a b\"", "f.toml:1: upstream.host: ", "nor a host name"),
+    // Contradictions.
+    (
+        "[[routes]]\npath = \"/a\"\nscope = [\"path\"]",
+        "f.toml:3: routes[0].scope: ",
+        "no part that only the key's owner",
+    ),
+    (
+        "[[routes]]\npath = \"/a\"\nscope = [\"authorization\", \"path:id\"]",
+        "f.toml:3: routes[0].scope: ",
+        "path parameter id",
+    ),
+    (
+        "[[routes]]\npath = \"/a\"\ntrusted_headers = [\"x-user\"]",
+        "f.toml:3: routes[0].trusted_headers: ",
+        "needs server.trusted_proxies",
+    ),
+    (
+        "server.trusted_proxies = [\"::1\"]\n[[routes]]\npath = \"/a\"\ntrusted_headers = [\"cookie\"]",
+        "f.toml:4: routes[0].trusted_headers: ",
+        "credential_headers too",
+    ),
+    (
+        "idempotency.fingerprint = \"none\"\n[[routes]]\npath = \"/a\"\nmissing_key = \"derive\"",
+        "f.toml:4: routes[0].missing_key: ",
+        "needs a fingerprint",
+    ),
+    ("[[routes]]\npath = \"/a\"\nfingerprint_ignore = [\"x\"]", "f.toml:3: routes[0].fingerprint_ignore: ", "x"),
+    ("[[routes]]\ncase_sensitive = false", "f.toml:1: routes[0].path: ", "is missing"),
+    (
+        "[[routes]]\npath = \"/a/{x}\"\n[[routes]]\npath = \"/a/{y}\"",
+        "f.toml:3: routes[1].path: ",
+        "matches the same paths as",
+    ),
+    (
+        "[[routes]]\npath = \"/a\"\n[[routes]]\npath = \"/A\"\ncase_sensitive = false",
+        "f.toml:3: routes[1].path: ",
+        "matches the same paths as",
+    ),
+    ("idempotency.scope = []", "f.toml:1: idempotency.scope: ", "at least one part"),
+    ("idempotency.scope = [\"authorization\", \"header:Authorization\"]", "f.toml:1: idempotency.scope: ", "twice"),
+    ("idempotency.scope = [\"user\"]", "f.toml:1: idempotency.scope: ", "is no part of a scope"),
+    ("idempotency.scope = [\"header:\"]", "f.toml:1: idempotency.scope: ", "is no part of a scope"),
+    (
+        "[[routes]]\npath = \"/a\"\n[routes.outcomes]\nfinal = [\"502\"]\nunknown = [\"502\"]",
+        "f.toml:3: routes[0].outcomes: ",
+        "502",
+    ),
+    (
+        "server.limits.max_body = \"2MiB\"\nserver.limits.max_buffered = \"1MiB\"",
+        "f.toml:1: server.limits.max_body: ",
+        "larger than max_buffered",
+    ),
+    // What later versions bring.
+    ("[server.tls]\ncert = \"x\"", "f.toml:1: server.tls: ", "not built yet"),
+    ("[server.cors]", "f.toml:1: server.cors: ", "not built yet"),
+    ("upstream.url = \"https://a\"", "f.toml:1: upstream.url: ", "not built yet"),
+    ("[upstream.tls]", "f.toml:1: upstream.tls: ", "not built yet"),
+    ("idempotency.scope = [\"client-cert\"]", "f.toml:1: idempotency.scope: ", "not built yet"),
+    ("idempotency.scope = [\"jwt:sub\"]", "f.toml:1: idempotency.scope: ", "not built yet"),
+    ("idempotency.unknown_outcome = \"lookup\"", "f.toml:1: idempotency.unknown_outcome: ", "not built yet"),
+    ("idempotency.lookup.path = \"/a\"", "f.toml:1: idempotency.lookup: ", "not built yet"),
+    ("idempotency.replay_auth = \"probe\"", "f.toml:1: idempotency.replay_auth: ", "not built yet"),
+    ("idempotency.probe.path = \"/a\"", "f.toml:1: idempotency.probe: ", "not built yet"),
+    ("idempotency.mode = \"observe\"", "f.toml:1: idempotency.mode: ", "not built yet"),
+    ("[auth]", "f.toml:1: auth: ", "not built yet"),
+    ("store.engine = \"fjall\"", "f.toml:1: store.engine: ", "not built yet"),
+    ("store.engine = \"redis\"", "f.toml:1: store.engine: ", "not built yet"),
+    ("store.engine = \"postgres\"", "f.toml:1: store.engine: ", "not built yet"),
+    ("store.url = \"redis://a\"", "f.toml:1: store.url: ", "not built yet"),
+    ("store.lease = \"31s\"", "f.toml:1: store.lease: ", "not built yet"),
+    ("admin.token_file = \"x\"", "f.toml:1: admin.token_file: ", "not built yet"),
+    ("admin.ready_needs_store = true", "f.toml:1: admin.ready_needs_store: ", "not built yet"),
+];
+
+#[test]
+fn every_error_names_its_line_its_key_and_the_remedy() {
+    let mut wrong = Vec::new();
+    for (text, start, fragment) in ERRORS {
+        let found = lines(text);
+        if !matches!(&found[..], [line] if line.starts_with(start) && line.contains(fragment)) {
+            wrong.push(format!("{text:?}\n  expected {start}…{fragment}\n  found {found:#?}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn all_errors_come_at_once_in_the_order_of_the_file() {
+    let text = "[store]\npath = 1\nengine = \"x\"\n[server]\nworkers = -1\nlisten = \"x\"\n[[routes]]\npath = \"/a\"\nscope = [\"path\"]\n[admin]\nlisten = 1\n[nothing]\n[cache]\nmax_bytes = \"x\"";
+    let found = lines(text);
+    let starts = [2, 3, 5, 6, 9, 11, 12, 14].map(|line| format!("f.toml:{line}: "));
+    assert_eq!(found.len(), starts.len(), "{found:#?}");
+    assert!(found.iter().zip(&starts).all(|(line, start)| line.starts_with(start)), "{found:#?}");
+}
+
+#[test]
+fn a_syntax_error_has_its_line() {
+    for (text, line) in [("[server]\nworkers = = 1", 2), ("\n\n[server", 3), ("a.b = 1\na.b = 2", 2)] {
+        let found = lines(text);
+        assert!(found.first().is_some_and(|found| found.starts_with(&format!("f.toml:{line}: TOML: "))), "{found:?}");
+    }
+}
+
+#[test]
+fn durations_and_sizes_at_their_borders() {
+    for (one, other) in [
+        ("server.drain_timeout = \"0ms\"", "server.drain_timeout = \"0s\""),
+        ("server.drain_timeout = \"60000ms\"", "server.drain_timeout = \"1m\""),
+        ("server.drain_timeout = \"24h\"", "server.drain_timeout = \"1d\""),
+        ("cache.max_bytes = 65536", "cache.max_bytes = \"64KiB\""),
+        ("cache.max_bytes = \"1024MiB\"", "cache.max_bytes = \"1GiB\""),
+        ("cache.max_bytes = \"7B\"", "cache.max_bytes = \"7\""),
+        ("cache.max_bytes = 0", "cache.max_bytes = \"0KiB\""),
+    ] {
+        assert_eq!(good(one), good(other));
+        assert_ne!(good(one), good(""));
+    }
+    good("server.drain_timeout = \"36600d\"");
+    good("cache.max_bytes = 9223372036854775807");
+}
+
+#[test]
+fn the_environment_beats_the_file_and_flags_beat_both() {
+    let set = |variables: &[(&str, &str)]| format!("{:?}", with_environment("", variables).unwrap());
+    for (variable, value, text) in [
+        ("ONCEGATE_SERVER__WORKERS", "3", "server.workers = 3"),
+        ("ONCEGATE_SERVER__LIMITS__MAX_BODY", "2KiB", "server.limits.max_body = \"2KiB\""),
+        ("ONCEGATE_SERVER__LIMITS__MAX_BODY", "\"2KiB\"", "server.limits.max_body = \"2KiB\""),
+        ("ONCEGATE_STORE__PATH", "/x y", "store.path = \"/x y\""),
+        ("ONCEGATE_STORE__CREATE", "false", "store.create = false"),
+        ("ONCEGATE_IDEMPOTENCY__DROP_HEADERS", "[\"a\", \"b\"]", "idempotency.drop_headers = [\"a\", \"b\"]"),
+        ("ONCEGATE_IDEMPOTENCY__OUTCOMES__FINAL", "[\"502\"]", "idempotency.outcomes.final = [\"502\"]"),
+    ] {
+        assert_eq!(set(&[(variable, value)]), good(text), "{variable}");
+    }
+    let three = format!("{:?}", with_environment("server.workers = 2", &[("ONCEGATE_SERVER__WORKERS", "3")]).unwrap());
+    assert_eq!(three, good("server.workers = 3"));
+    assert_eq!(set(&[("ONCEGATE_PORT", "tcp://1"), ("ONCEGATE_SEED", "1"), ("PATH__X", "1")]), good(""));
+
+    for (variable, value, start) in [
+        ("ONCEGATE_SERVER__NOTHING", "1", "ONCEGATE_SERVER__NOTHING: server.nothing: "),
+        ("ONCEGATE_NO__KEY", "1", "ONCEGATE_NO__KEY: no: "),
+        ("ONCEGATE_ROUTES__0__PATH", "/a", "ONCEGATE_ROUTES__0__PATH: routes: "),
+        ("ONCEGATE_SERVER__WORKERS", "many", "ONCEGATE_SERVER__WORKERS: server.workers: "),
+        ("ONCEGATE_SERVER__WORKERS__X", "1", "ONCEGATE_SERVER__WORKERS__X: "),
+    ] {
+        let found = with_environment("server.workers = 1", &[(variable, value)]).unwrap_err();
+        assert!(found.len() == 1 && found[0].starts_with(start), "{found:?}");
+    }
+
+    let flags = Flags {
+        listen: Some("127.0.0.1:1".to_owned()),
+        upstream: Some("http://c:3".to_owned()),
+        data: Some("dir".to_owned()),
+    };
+    let variables = [("ONCEGATE_UPSTREAM__URL".to_owned(), "http://b:2".to_owned())];
+    let text = "server.listen = \"127.0.0.1:9\"\nupstream.url = \"http://a:1\"\nstore.path = \"p\"";
+    let config = parse("f.toml", text, variables, &flags).unwrap();
+    let expected = "server.listen = \"127.0.0.1:1\"\nupstream.url = \"http://c:3\"\nstore.path = \"dir\"";
+    assert_eq!(format!("{config:?}"), good(expected));
+    let wrong = Flags { listen: Some("x".to_owned()), ..Flags::default() };
+    let errors = parse("f.toml", "", [], &wrong).unwrap_err();
+    assert!(errors.lines.len() == 1 && errors.lines[0].starts_with("--listen: server.listen: "), "{errors}");
+}
+
+#[test]
+fn a_route_beats_the_general_settings_which_beat_the_defaults() {
+    let general = good(
+        "idempotency.retention = \"1h\"\n[[routes]]\npath = \"/a\"\n[[routes]]\npath = \"/b\"\nretention = \"2h\"",
+    );
+    assert_eq!(
+        general,
+        good("[[routes]]\npath = \"/a\"\nretention = \"1h\"\n[[routes]]\npath = \"/b\"\nretention = \"2h\"")
+    );
+    // A list that is written replaces that default list, and no other.
+    let config = parse(
+        "f.toml",
+        "[idempotency.outcomes]\nfinal = [\"502\"]\n[[routes]]\npath = \"/a\"\noutcomes.unknown = [\"502\", \"404\"]",
+        [],
+        &Flags::default(),
+    )
+    .unwrap();
+    let outcomes = &config.gateway.routes[0].outcomes;
+    let class = |status, retry_after| format!("{:?}", outcomes.classify(status, retry_after));
+    for (status, retry_after, expected) in [
+        (502, false, "Unknown"),
+        (404, false, "Unknown"),
+        (429, false, "NotExecuted"),
+        (503, true, "NotExecuted"),
+        (201, false, "Final"),
+        (408, false, "Final"),
+    ] {
+        assert_eq!(class(status, retry_after), expected, "{status}");
+    }
+}
+
+const SHIPPED: &str = include_str!("../config.toml");
+
+#[test]
+fn the_shipped_file_is_the_defaults() {
+    assert_eq!(good(SHIPPED), good(""));
+}
+
+#[test]
+fn the_shipped_file_names_every_key() {
+    for section in
+        ["", "server", "server.limits", "upstream", "idempotency", "idempotency.outcomes", "cache", "store", "admin"]
+    {
+        let dot = if section.is_empty() { "" } else { "." };
+        let found = lines(&format!("{section}{dot}zzzzzzzzzzzzzzzz = 1"));
+        let known = found[0].split_once("there are: ").unwrap_or_else(|| panic!("{found:?}")).1;
+        for key in known.split(", ") {
+            let text = format!("{section}{dot}{key} = 1.5");
+            if lines(&text).iter().any(|line| line.contains("not built yet")) {
+                continue;
+            }
+            let header = if section.is_empty() { String::new() } else { format!("[{section}]\n") };
+            let start = SHIPPED.find(&header).unwrap_or_else(|| panic!("{section}"));
+            let body = &SHIPPED[start + header.len()..];
+            let end = if section.is_empty() { body.len() } else { body.find("\n[").unwrap_or(body.len()) };
+            let named = body[..end].lines().any(|line| {
+                let line = line.trim_start_matches("# ");
+                line.starts_with(&format!("{key} ="))
+                    || line.starts_with(&format!("[{section}{dot}{key}"))
+                    || line.starts_with(&format!("[[{key}"))
+            }) || SHIPPED.contains(&format!("\n[{section}{dot}{key}]"));
+            assert!(named, "{section}{dot}{key} is not in config.toml");
+        }
+    }
+}
