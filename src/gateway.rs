@@ -439,6 +439,8 @@ fn classify(code: Code) -> Outcome {
         | Code::ScopeMissing
         | Code::PathAmbiguous
         | Code::BadRequest
+        | Code::TargetTooLong
+        | Code::HeadersTooLarge
         | Code::RequestTimeout
         | Code::BodyTooLarge => Outcome::rejected,
     }

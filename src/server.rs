@@ -3,6 +3,7 @@
 mod connection;
 
 use crate::gateway::Gateway;
+use crate::gateway::problem::{Code, Problem};
 use crate::telemetry::Metrics;
 use std::io;
 use std::net::IpAddr;
@@ -254,14 +255,10 @@ impl Drop for Place {
 
 /// Tells a client that there are too many, without reading its request.
 async fn refuse(mut stream: Stream) {
-    let body = r#"{"type":"urn:oncegate:problem:overloaded","title":"Overloaded","status":503,"detail":"The gateway has as many connections as it may have; retry after Retry-After seconds.","code":"overloaded"}"#;
-    let answer = format!(
-        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nContent-Length: {}\r\n\
-         Retry-After: 1\r\nConnection: close\r\n\r\n{body}",
-        body.len()
-    );
+    let detail = "The gateway has as many connections as it may have; retry after Retry-After seconds.";
+    let answer = Problem::new(Code::Overloaded, detail).to_http11();
     let say = async {
-        stream.write_all(answer.as_bytes()).await?;
+        stream.write_all(&answer).await?;
         stream.shutdown().await?;
         // Closing with unread bytes would reset the connection, and the answer with it.
         let mut rest = [0; 4096];

@@ -13,6 +13,8 @@ pub enum Code {
     ScopeMissing,
     PathAmbiguous,
     BadRequest,
+    TargetTooLong,
+    HeadersTooLarge,
     RequestTimeout,
     InProgress,
     OutcomeUnknown,
@@ -37,6 +39,8 @@ impl Code {
             Self::ScopeMissing => ("scope_missing", S::BAD_REQUEST, "The key's owner cannot be told"),
             Self::PathAmbiguous => ("path_ambiguous", S::BAD_REQUEST, "Ambiguous path"),
             Self::BadRequest => ("bad_request", S::BAD_REQUEST, "Bad request"),
+            Self::TargetTooLong => ("target_too_long", S::URI_TOO_LONG, "Target too long"),
+            Self::HeadersTooLarge => ("headers_too_large", S::REQUEST_HEADER_FIELDS_TOO_LARGE, "Headers too large"),
             Self::RequestTimeout => ("request_timeout", S::REQUEST_TIMEOUT, "Request timeout"),
             Self::InProgress => ("in_progress", S::CONFLICT, "Request in progress"),
             Self::OutcomeUnknown => ("outcome_unknown", S::CONFLICT, "Outcome unknown"),
@@ -73,7 +77,7 @@ impl Code {
 
     /// Whether the request may not have been read whole, or not be understood: its connection ends.
     fn closes(self) -> bool {
-        matches!(self, Self::BadRequest | Self::RequestTimeout)
+        matches!(self, Self::BadRequest | Self::TargetTooLong | Self::HeadersTooLarge | Self::RequestTimeout)
     }
 }
 
@@ -209,5 +213,23 @@ impl Problem {
             headers.insert(&super::headers::IDEMPOTENCY_OUTCOME, HeaderValue::from_static("not-executed"));
         }
         response
+    }
+
+    /// The whole HTTP/1.1 response as text, for where there is no HTTP library; the connection ends with it.
+    #[must_use]
+    pub fn to_http11(self) -> Vec<u8> {
+        let (head, body) = self.into_response(false).into_parts();
+        let body = if let ReplyBody::Full(Some(body)) = body { body } else { Bytes::new() };
+        let reason = head.status.canonical_reason().unwrap_or("Error");
+        let mut text = format!("HTTP/1.1 {} {reason}\r\n", head.status.as_u16()).into_bytes();
+        for (name, value) in head.headers.iter().filter(|(name, _)| **name != CONNECTION) {
+            text.extend_from_slice(name.as_str().as_bytes());
+            text.extend_from_slice(b": ");
+            text.extend_from_slice(value.as_bytes());
+            text.extend_from_slice(b"\r\n");
+        }
+        text.extend_from_slice(format!("content-length: {}\r\nconnection: close\r\n\r\n", body.len()).as_bytes());
+        text.extend_from_slice(&body);
+        text
     }
 }

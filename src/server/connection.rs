@@ -1,6 +1,7 @@
 //! One client connection: its time limits, its place in the drain.
 
 use super::Limits;
+use crate::gateway::problem::{Code, Problem};
 use crate::gateway::reply::{BodyError, ReplyBody};
 use crate::gateway::{Gateway, Peer};
 use bytes::Bytes;
@@ -30,7 +31,14 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let phase = Arc::new(Phase(AtomicU8::new(IDLE)));
-    let io = TimedIo { stream, phase: Arc::clone(&phase), limits: limits.clone(), reading: None, writing: None };
+    let io = TimedIo {
+        stream,
+        phase: Arc::clone(&phase),
+        limits: limits.clone(),
+        reading: None,
+        writing: None,
+        refusal: None,
+    };
     let peer = Arc::new(peer);
     let service = service_fn(|request| {
         let busy = Busy::new(Arc::clone(&phase));
@@ -127,6 +135,32 @@ struct TimedIo<S> {
     reading: Option<(u8, Pin<Box<Sleep>>)>,
     /// Runs while a write is pending.
     writing: Option<Pin<Box<Sleep>>>,
+    /// What is being said in the place of the HTTP library's refusal, and how much of it has been written.
+    refusal: Option<(Vec<u8>, usize)>,
+}
+
+/// The problem in whose place `written` is a refusal of the HTTP library's own: it knows no bodies. Such an answer bears
+/// nothing but a length of zero, `Connection: close` and the date.
+fn library_refusal(written: &[u8]) -> Option<Problem> {
+    let head = std::str::from_utf8(written).ok()?.strip_prefix("HTTP/1.1 ")?.strip_suffix("\r\n\r\n")?;
+    let mut lines = head.split("\r\n");
+    let status = lines.next()?.get(..3)?;
+    let (mut empty, mut closes) = (false, false);
+    for line in lines {
+        match line.split_once(": ")? {
+            ("content-length", "0") => empty = true,
+            ("connection", "close") => closes = true,
+            ("date", _) => {}
+            _ => return None,
+        }
+    }
+    let problem = match status {
+        "400" => Problem::new(Code::BadRequest, "The request is not well-formed HTTP/1.1; nothing was sent on."),
+        "414" => Problem::new(Code::TargetTooLong, "The request's target is too long; shorten it."),
+        "431" => Problem::new(Code::HeadersTooLarge, "The request's header fields are too large; send less."),
+        _ => return None,
+    };
+    (empty && closes).then_some(problem)
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for TimedIo<S> {
@@ -178,7 +212,25 @@ impl<S: AsyncWrite + Unpin> TimedIo<S> {
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for TimedIo<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.get_mut().timed(cx, |stream, cx| stream.poll_write(cx, buf))
+        let this = self.get_mut();
+        if this.refusal.is_none() && this.phase.0.load(Ordering::Acquire) != BUSY {
+            this.refusal = library_refusal(buf).map(|problem| (problem.to_http11(), 0));
+        }
+        let Some((text, mut written)) = this.refusal.take() else {
+            return this.timed(cx, |stream, cx| stream.poll_write(cx, buf));
+        };
+        while let Some(rest) = text.get(written..).filter(|rest| !rest.is_empty()) {
+            match this.timed(cx, |stream, cx| stream.poll_write(cx, rest)) {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Ok(more)) => written += more,
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => {
+                    this.refusal = Some((text, written));
+                    return Poll::Pending;
+                }
+            }
+        }
+        Poll::Ready(Ok(buf.len()))
     }
 
     fn poll_write_vectored(
@@ -186,6 +238,10 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for TimedIo<S> {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        // The library's own refusals are written in one piece.
+        if self.refusal.is_some() || self.phase.0.load(Ordering::Acquire) != BUSY && bufs.len() == 1 {
+            return self.poll_write(cx, bufs.first().map_or(&[], |buf| buf));
+        }
         self.get_mut().timed(cx, |stream, cx| stream.poll_write_vectored(cx, bufs))
     }
 
@@ -199,5 +255,30 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for TimedIo<S> {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.get_mut().timed(cx, |stream, cx| stream.poll_shutdown(cx))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_librarys_own_refusals_are_given_a_body() {
+        let code = |text: &str| library_refusal(text.as_bytes()).map(|problem| problem.code);
+        let plain = "content-length: 0\r\nconnection: close\r\ndate: Tue, 24 Nov 2026 13:55:34 GMT\r\n\r\n";
+        let own = "HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+        assert_eq!(code(own), Some(Code::HeadersTooLarge));
+        assert_eq!(code(&format!("HTTP/1.1 414 URI Too Long\r\n{plain}")), Some(Code::TargetTooLong));
+        assert_eq!(code(&format!("HTTP/1.1 400 Bad Request\r\n{plain}")), Some(Code::BadRequest));
+        for other in [
+            format!("HTTP/1.1 404 Not Found\r\n{plain}"),
+            format!("HTTP/1.1 400 Bad Request\r\nx-from: upstream\r\n{plain}"),
+            "HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n".to_owned(),
+            "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}".to_owned(),
+            "\r\n".to_owned(),
+            String::new(),
+        ] {
+            assert_eq!(code(&other), None, "{other}");
+        }
     }
 }

@@ -227,7 +227,8 @@ fn a_missing_store_is_an_error_where_none_is_to_be_created_and_else_a_warning() 
 fn an_address_that_is_taken_is_named() {
     let upstream = Upstream::counting();
     let dir = Arc::new(tempfile::tempdir().unwrap());
-    let taken = upstream.addr.to_string();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = listener.local_addr().unwrap().to_string();
     let refusal = Gateway::try_start(dir, &upstream.url(), "", &["--listen", &taken], &[]).err().unwrap();
     assert_eq!(refusal.code, Some(1));
     assert!(refusal.stderr.contains(&taken), "{}", refusal.stderr);

@@ -77,14 +77,6 @@ fn malformed_http_is_a_bad_request_and_never_a_502() {
     assert_eq!(upstream.count(), 0, "{:?}", upstream.requests());
 }
 
-/// An answer of the HTTP library's own: it has no body.
-#[track_caller]
-fn expect_from_library(client: &mut Client, status: u16) {
-    let answer = client.read();
-    assert_eq!((answer.status, answer.header("connection")), (status, Some("close")), "{answer:?}");
-    assert!(client.at_end());
-}
-
 #[test]
 fn a_target_too_long_is_a_414() {
     let upstream = Upstream::counting();
@@ -92,7 +84,7 @@ fn a_target_too_long_is_a_414() {
     for method in ["GET", "POST"] {
         let mut client = Client::connect(gateway.addr);
         client.try_send(request(method, &format!("/{}", "x".repeat(70_000)), &[("Idempotency-Key", "k")], ""));
-        expect_from_library(&mut client, 414);
+        expect(&client.read(), 414, "target_too_long", None, false, true);
     }
     assert_eq!(upstream.count(), 0);
 }
@@ -104,7 +96,7 @@ fn headers_too_large_are_a_431() {
     for path in ["/posts", "/other"] {
         let mut client = Client::connect(gateway.addr);
         client.try_send(request("POST", path, &[("X-Large", &"x".repeat(70_000))], ""));
-        expect_from_library(&mut client, 431);
+        expect(&client.read(), 431, "headers_too_large", None, false, true);
     }
     assert_eq!(upstream.count(), 0);
 }
