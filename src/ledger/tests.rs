@@ -335,7 +335,9 @@ async fn a_claim_whose_settle_fails_stays_and_is_unknown_after_a_restart() {
         let answer = claim_answer(&restarted, &arrival(1, 1)).await;
         match fault {
             Fault::Refuse => assert!(recovered == 1 && matches!(answer, Answer::OutcomeUnknown), "{answer:?}"),
-            Fault::LoseAnswer | Fault::Full => assert_eq!((recovered, replayed_body(&answer)), (0, Bytes::from_static(b"one"))),
+            Fault::LoseAnswer | Fault::Full => {
+                assert_eq!((recovered, replayed_body(&answer)), (0, Bytes::from_static(b"one")))
+            }
         }
     }
 }
