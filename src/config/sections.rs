@@ -51,50 +51,25 @@ pub(super) fn resolve(root: Node, errors: &mut Errors) -> Option<Config> {
     let ledger = cache_section(cache_node, errors);
     let store = store_section(store_node, errors);
     let (admin, admin_at) = admin_section(admin_node, errors);
-    let (upstream, upstream_at) = upstream?;
-    let places = Places { server: client.listen_at, admin: admin_at, upstream: upstream_at };
-    contradictions(&server.listen, &admin.listen, &upstream.endpoint, &places, errors);
+    contradictions((&server.listen, &client.listen_at), (&admin.listen, &admin_at), errors);
     let Client { trusted_proxies, max_body, max_buffered, body_timeout, .. } = client;
-    let gateway = gateway::Options { routes, trusted_proxies, max_body, max_buffered, body_timeout, upstream };
+    let gateway =
+        gateway::Options { routes, trusted_proxies, max_body, max_buffered, body_timeout, upstream: upstream? };
     Some(Config { server, gateway, ledger, store, admin })
 }
 
-/// Where the addresses were written.
-struct Places {
-    server: At,
-    admin: At,
-    upstream: At,
-}
-
 /// Addresses that cannot stand together. A default is never to blame: the key that was written is.
-fn contradictions(listen: &[Address], admin: &Address, upstream: &Endpoint, places: &Places, errors: &mut Errors) {
+fn contradictions((listen, listen_at): (&[Address], &At), (admin, admin_at): (&Address, &At), errors: &mut Errors) {
     for (n, address) in listen.iter().enumerate() {
         if listen.iter().take(n).any(|earlier| overlap(earlier, address)) {
-            errors.add(
-                &places.server,
-                "server.listen",
-                &format!("{address} is taken by an earlier address of the list"),
-            );
+            errors.add(listen_at, "server.listen", &format!("{address} is taken by an earlier address of the list"));
         }
         if overlap(address, admin) {
-            let (at, key, other) = match places.admin {
-                At::Nowhere => (&places.server, "server.listen", "admin.listen"),
-                _ => (&places.admin, "admin.listen", "server.listen"),
+            let (at, key, other) = match admin_at {
+                At::Nowhere => (listen_at, "server.listen", "admin.listen"),
+                _ => (admin_at, "admin.listen", "server.listen"),
             };
             errors.add(at, key, &format!("{address} is {other} already; choose another port"));
-        }
-    }
-    for (address, key, at) in listen.iter().map(|address| (address, "server.listen", &places.server)).chain([(
-        admin,
-        "admin.listen",
-        &places.admin,
-    )]) {
-        if leads_to(upstream, address) {
-            let (at, key, other) = match places.upstream {
-                At::Nowhere => (at, key, "upstream.url"),
-                _ => (&places.upstream, "upstream.url", key),
-            };
-            errors.add(at, key, &format!("is the same as {other}: the gateway would be its own upstream"));
         }
     }
 }
@@ -115,19 +90,6 @@ fn overlap(one: &Address, other: &Address) -> bool {
             let same = host.eq_ignore_ascii_case(other_host);
             port == other_port && (same || all(host) && ipv4(other_host) || all(other_host) && ipv4(host))
         }
-        _ => false,
-    }
-}
-
-/// Whether the upstream is the gateway's own listener.
-fn leads_to(upstream: &Endpoint, listener: &Address) -> bool {
-    match (upstream, listener) {
-        (Endpoint::Unix(path), Address::Unix(own)) => path == own,
-        (Endpoint::Tcp { host, port }, Address::Tcp(own)) => host_and_port(own).is_some_and(|(own_host, own_port)| {
-            let own_host = own_host.trim_start_matches('[').trim_end_matches(']');
-            let here = matches!(host.as_str(), "127.0.0.1" | "::1" | "localhost");
-            *port == own_port && (own_host.eq_ignore_ascii_case(host) || here && matches!(own_host, "0.0.0.0" | "::"))
-        }),
         _ => false,
     }
 }
@@ -239,10 +201,8 @@ fn network(value: &Value) -> Result<IpNet, String> {
     network.ok_or_else(|| format!("{text:?} is neither an address nor a network such as \"10.0.0.0/8\""))
 }
 
-/// Also says where the upstream was written.
-fn upstream_section(node: Option<Node>, errors: &mut Errors) -> Option<(upstream::Options, At)> {
+fn upstream_section(node: Option<Node>, errors: &mut Errors) -> Option<upstream::Options> {
     let mut section = Section::new("upstream", node, errors);
-    let at = section.at("url");
     let url = match section.take("url") {
         None => endpoint("http://127.0.0.1:3000"),
         Some(node) => string(&node.value).and_then(|text| endpoint(&text)).inspect_err(|message| {
@@ -258,7 +218,7 @@ fn upstream_section(node: Option<Node>, errors: &mut Errors) -> Option<(upstream
     section.not_built("tls");
     section.finish();
     let (endpoint, authority) = url.ok()?;
-    let options = upstream::Options {
+    Some(upstream::Options {
         endpoint,
         authority,
         connect_timeout,
@@ -267,8 +227,7 @@ fn upstream_section(node: Option<Node>, errors: &mut Errors) -> Option<(upstream
         idle_timeout,
         max_in_flight,
         host,
-    };
-    Some((options, at))
+    })
 }
 
 fn endpoint(text: &str) -> Result<(Endpoint, HeaderValue), String> {

@@ -97,16 +97,6 @@ fn two_listeners_cannot_share_an_address() {
 }
 
 #[test]
-fn the_gateway_is_not_its_own_upstream() {
-    let own = "the gateway would be its own upstream";
-    expect("upstream.url = \"http://127.0.0.1:8080\"", &[("f.toml:1: upstream.url: ", own)]);
-    expect("server.listen = \"127.0.0.1:3000\"", &[("f.toml:1: server.listen: ", own)]);
-    expect("admin.listen = \"[::]:80\"\nupstream.url = \"http://localhost\"", &[("f.toml:2: upstream.url: ", own)]);
-    expect("server.listen = \"unix:/a\"\nupstream.url = \"unix:/a\"", &[("f.toml:2: upstream.url: ", own)]);
-    expect("server.listen = \"0.0.0.0:8080\"\nupstream.url = \"http://api:8080\"", &[]);
-}
-
-#[test]
 fn hosts_and_ports_are_checked_before_anything_is_bound() {
     for address in ["127.0.0.1:+80", "a$:1", "[::1:1", "[127.0.0.1]:1", ":1", "*:1", "a:", "ä:1"] {
         expect(&format!("server.listen = \"{address}\""), &[("f.toml:1: server.listen: ", "is no address")]);
