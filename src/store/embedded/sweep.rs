@@ -86,6 +86,9 @@ impl Sweeper {
                 if let Some(failed) = shared.failed() {
                     return Err(failed);
                 }
+                if shared.closing.load(Ordering::Acquire) {
+                    return Ok(IDLE);
+                }
                 return match error {
                     StoreError::Full { .. } => Ok(IDLE),
                     // What is damaged stays where it is: nobody may take it for absent.
