@@ -22,15 +22,21 @@ fn sent(gateway: &Gateway, request: impl AsRef<[u8]>) -> Client {
     client
 }
 
+/// Two clients with the same request: one whose request the upstream has, one that waits for it.
+fn one_in_flight_one_waiting(gateway: &Gateway, upstream: &Upstream) -> (Client, Client) {
+    let first = sent(gateway, post("/posts", "k", "{}"));
+    upstream.wait_for(1);
+    let second = sent(gateway, post("/posts", "k", "{}"));
+    waiters(gateway, 1);
+    (first, second)
+}
+
 #[test]
 fn a_duplicate_waits_for_the_result_and_gets_it_as_a_replay() {
     let gate = Gate::default();
     let upstream = held(&gate, 201, &[]);
     let gateway = Gateway::start(&upstream, "");
-    let mut first = sent(&gateway, post("/posts", "k", "{}"));
-    upstream.wait_for(1);
-    let mut second = sent(&gateway, post("/posts", "k", "{}"));
-    waiters(&gateway, 1);
+    let (mut first, mut second) = one_in_flight_one_waiting(&gateway, &upstream);
     gate.open();
     let (first, second) = (first.read(), second.read());
     assert_eq!((first.text().as_str(), first.replayed()), ("run 1", false));
@@ -189,10 +195,7 @@ fn when_the_outcome_is_unknown_waiters_are_told_so() {
     let gate = Gate::default();
     let upstream = held(&gate, 502, &[]);
     let gateway = Gateway::start(&upstream, "");
-    let mut first = sent(&gateway, post("/posts", "k", "{}"));
-    upstream.wait_for(1);
-    let mut second = sent(&gateway, post("/posts", "k", "{}"));
-    waiters(&gateway, 1);
+    let (mut first, mut second) = one_in_flight_one_waiting(&gateway, &upstream);
     gate.open();
     assert_eq!(first.read().text(), "run 1", "the caller gets the response");
     second.read().expect_problem(409, "outcome_unknown");

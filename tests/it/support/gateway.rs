@@ -153,11 +153,6 @@ impl Gateway {
         self.child.wait().unwrap();
     }
 
-    /// Whether the process has ended.
-    pub fn ended(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_some()
-    }
-
     /// SIGTERM.
     pub fn terminate(&self) {
         let pid = rustix::process::Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
