@@ -27,7 +27,14 @@ const RETENTION: u64 = 1500;
 
 /// So small that rotation, indexing and retirement go on all the time.
 fn tuning() -> Tuning {
-    Tuning { segment_bytes_min: 32 << 10, segment_bytes_max: 128 << 10, index_bulk: 50, replay_bytes: 256 << 10 }
+    Tuning {
+        segment_bytes_min: 32 << 10,
+        segment_bytes_max: 128 << 10,
+        index_bulk: 50,
+        replay_bytes: 256 << 10,
+        survey_first_max: 0,
+        survey_threads: 2,
+    }
 }
 
 fn open(path: &Path, durability: Durability) -> Result<Embedded, oncegate::store::OpenError> {

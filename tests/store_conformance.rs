@@ -53,7 +53,14 @@ fn on_disk(durability: Durability, tuning: Tuning) -> OnDisk {
 
 /// So small that a few entries fill a segment and a bulk.
 fn small() -> Tuning {
-    Tuning { segment_bytes_min: 4096, segment_bytes_max: 16384, index_bulk: 4, replay_bytes: 16384 }
+    Tuning {
+        segment_bytes_min: 4096,
+        segment_bytes_max: 16384,
+        index_bulk: 4,
+        replay_bytes: 16384,
+        survey_first_max: u64::MAX,
+        survey_threads: 2,
+    }
 }
 
 fn id(n: u64) -> RecordId {

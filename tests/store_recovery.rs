@@ -21,11 +21,23 @@ fn options(path: &Path) -> Options {
 
 /// So small that a few entries fill a segment and a bulk.
 fn small() -> Tuning {
-    Tuning { segment_bytes_min: 4096, segment_bytes_max: 16384, index_bulk: 16, replay_bytes: 16384 }
+    Tuning {
+        segment_bytes_min: 4096,
+        segment_bytes_max: 16384,
+        index_bulk: 16,
+        replay_bytes: 16384,
+        survey_first_max: u64::MAX,
+        survey_threads: 2,
+    }
 }
 
 fn open(path: &Path) -> Embedded {
     Embedded::open_tuned(&options(path), small()).unwrap()
+}
+
+/// As a store with a large index is opened: it serves before the index has been walked through, by so many threads.
+fn open_at_once(path: &Path, survey_threads: usize) -> Embedded {
+    Embedded::open_tuned(&options(path), Tuning { survey_first_max: 0, survey_threads, ..small() }).unwrap()
 }
 
 fn refused(path: &Path) -> OpenError {
@@ -463,6 +475,83 @@ fn the_index_is_rebuilt_whatever_has_become_of_it() {
         assert_holds(&open(&path), &held);
         std::fs::remove_dir_all(&good).unwrap();
         copy_dir(&index, &good);
+    }
+}
+
+/// Takes one entry out of the index, behind its back.
+fn lose(path: &Path, n: u64) {
+    let db = sled::open(path.join("index")).unwrap();
+    assert!(db.open_tree("entries").unwrap().remove(id(n).0).unwrap().is_some());
+    db.flush().unwrap();
+}
+
+#[test]
+fn an_entry_lost_from_the_index_is_never_taken_for_absent() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data");
+    let held = filled(&path, 300);
+    let runtime = runtime();
+    // Before the store is open, all of the index is compared.
+    lose(&path, 7);
+    assert_holds(&open(&path), &held);
+
+    // While it serves, whoever meets the gap compares first.
+    let failed = |error: StoreError| assert!(matches!(error, StoreError::Failed { .. }), "{error}");
+    for round in 0..3 {
+        lose(&path, 7);
+        // Without threads nobody walks but who meets an absence.
+        let store = open_at_once(&path, if round < 2 { 0 } else { 2 });
+        match round {
+            0 => failed(runtime.block_on(store.get(id(7))).unwrap_err()),
+            1 => {
+                let claim = value(CLAIMED, None, "again");
+                let swap = store.compare_and_swap(id(7), None, Some(claim), 5000, Urgency::Claim);
+                failed(runtime.block_on(swap).unwrap_err());
+            }
+            // Nobody asks: the walk through the whole index finds it.
+            _ => failed(runtime.block_on(async {
+                loop {
+                    if let Err(error) = store.sweep(0).await {
+                        break error;
+                    }
+                }
+            })),
+        }
+        assert_eq!(store.status().health, Health::Failed);
+        drop(store);
+        // It is not to be trusted again, small or large.
+        assert_holds(&open_at_once(&path, 2), &held);
+    }
+}
+
+#[test]
+fn a_large_index_is_walked_through_while_the_store_serves() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data");
+    let mut held = filled(&path, 300);
+    let runtime = runtime();
+    for round in 0..10_u64 {
+        let store = open_at_once(&path, 2);
+        runtime.block_on(async {
+            // Absent ones can be claimed, present ones replaced and removed, at once.
+            for n in 1000 + 100 * round..1020 + 100 * round {
+                assert_eq!(store.get(id(n)).await.unwrap(), None);
+                held.insert(n, pair(&store, n, FAR, 4000).await);
+            }
+            let old = held.get(&round).unwrap().version;
+            let unknown = value(UNKNOWN, Some(FAR), "unknown");
+            let version = put(&store, round, Some(old), unknown.clone(), 4000).await;
+            held.insert(round, Entry { version, value: unknown });
+            let old = held.remove(&(100 + round)).unwrap().version;
+            store.compare_and_swap(id(100 + round), Some(old), None, 4000, Urgency::Settle).await.unwrap();
+            sweep_all(&store, 0).await;
+        });
+        assert_holds(&store, &held);
+        let unknown = held.values().filter(|entry| entry.value.tag == UNKNOWN).count() as u64;
+        let status = store.status();
+        assert_eq!(status.entries[usize::from(UNKNOWN.0)], unknown);
+        assert_eq!(status.entries.iter().sum::<u64>(), held.len() as u64);
+        assert_eq!(status.oldest_ms[usize::from(UNKNOWN.0)].is_some(), unknown > 0);
     }
 }
 
@@ -946,7 +1035,7 @@ impl Model {
                 self.store = None;
                 std::fs::remove_dir_all(&self.path).unwrap();
                 self.path = path;
-                self.store = Some(open(&self.path));
+                self.store = Some(open_at_once(&self.path, 2));
             }
             Step::LoseIndex => {
                 self.store = None;
@@ -968,6 +1057,8 @@ impl Model {
                 }
             }
         }
+        // Nothing has expired by then: it only waits for the walk through the index.
+        sweep_all(self.store(), 0).await;
         assert_eq!(self.store().status().entries, counts, "counts are exact");
         let mut listed = self.store().unexpiring().unwrap();
         listed.sort_by_key(|(id, _)| *id);

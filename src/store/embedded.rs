@@ -17,12 +17,14 @@
 //! whole or not at all, since the bytes of the earlier frame are written again unchanged.
 
 mod commit;
+mod error;
 mod indexer;
 mod recovery;
 mod replay;
 mod settings;
 mod space;
 mod state;
+mod survey;
 mod sweep;
 
 use super::index::{Index, IndexError};
@@ -30,16 +32,17 @@ use super::log::frame::MAX_VALUE;
 use super::{Entry, Health, OLDEST_TRACKED, RecordId, Status, Store, StoreError, Swap, Tag, Urgency, Value, Version};
 use bytes::Bytes;
 use commit::{Answer, Committer, Found, Op};
+pub use error::OpenError;
 use settings::Settings;
 use space::Space;
 use state::State;
 use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
+use survey::Survey;
 use tokio::sync::{mpsc, oneshot};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,11 +73,22 @@ pub struct Tuning {
     pub index_bulk: usize,
     /// Bytes of log that a start may have to replay, roughly.
     pub replay_bytes: u64,
+    /// An index of up to so many entries is walked through before the store is open, a larger one afterwards.
+    pub survey_first_max: u64,
+    /// Threads that walk through it afterwards.
+    pub survey_threads: usize,
 }
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { segment_bytes_min: 1 << 20, segment_bytes_max: 64 << 20, index_bulk: 20_000, replay_bytes: 64 << 20 }
+        Self {
+            segment_bytes_min: 1 << 20,
+            segment_bytes_max: 64 << 20,
+            index_bulk: 20_000,
+            replay_bytes: 64 << 20,
+            survey_first_max: 100_000,
+            survey_threads: 2,
+        }
     }
 }
 
@@ -82,50 +96,6 @@ impl Tuning {
     fn segment_bytes(&self, log_bytes: u64) -> u64 {
         (log_bytes / 8).clamp(self.segment_bytes_min, self.segment_bytes_max.max(self.segment_bytes_min))
     }
-}
-
-/// Why a store cannot be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    #[error("there is no store at {path}, and `store.create` is false: is its volume mounted?")]
-    Missing { path: PathBuf },
-    #[error("the store at {path} is in use by another process; an embedded store serves exactly one")]
-    Locked { path: PathBuf },
-    #[error("cannot {what} {path}: {source}")]
-    Io { what: &'static str, path: PathBuf, source: io::Error },
-    #[error(
-        "{path} is missing, but there is a log beside it. It holds the secret of which record ids are made: without it \
-         every key would count as new. Restore it, or move the whole directory away to begin anew, which may execute \
-         keys again that were executed before"
-    )]
-    SettingsMissing { path: PathBuf },
-    #[error(
-        "{path} is damaged. It holds the secret of which record ids are made: restore this file, or move the whole \
-         directory away to begin anew, which may execute keys again that were executed before"
-    )]
-    SettingsDamaged { path: PathBuf },
-    #[error("{path} has format version {version}, which this oncegate does not know; a newer one wrote it")]
-    Format { path: PathBuf, version: u32 },
-    #[error(
-        "the log is damaged: {path}, offset {offset}: {detail}. Nothing has been changed. Records from there on would be \
-         lost, and their keys executed again. Restore the file if there is an exact copy of it (an older backup of the \
-         store brings back an older state: keys used since would be executed again). To give the store up deliberately, \
-         move its directory away"
-    )]
-    Damaged { path: PathBuf, offset: u64, detail: String },
-    #[error(
-        "the log is incomplete: {path} is missing: {detail}. Nothing has been changed. Its records are lost, and their \
-         keys would be executed again. Put the file back; to give the store up deliberately, move its directory away"
-    )]
-    SegmentMissing { path: PathBuf, detail: String },
-    #[error(
-        "the log at {path} ends before what the index at {index} has seen of it (frame {log_frame}, index {index_frame}): \
-         acknowledged records are gone, as after restoring an older log. Their keys would be executed again. To accept \
-         that loss, delete the directory {index}"
-    )]
-    LogBehindIndex { path: PathBuf, index: PathBuf, log_frame: u64, index_frame: u64 },
-    #[error("the index at {path} cannot be built: {detail}")]
-    Index { path: PathBuf, detail: String },
 }
 
 #[derive(Debug, Default)]
@@ -144,6 +114,7 @@ struct Shared {
     created: bool,
     state: Mutex<State>,
     index: Box<dyn Index>,
+    survey: Survey,
     space: Space,
     settings: Mutex<Settings>,
     /// Set once, for good: after a failed write or flush nobody knows what the disk holds, and asking again may lie.
@@ -210,6 +181,7 @@ impl Shared {
             }
             drop(state);
             let Some(located) = self.index.get(id).map_err(|error| Self::index_error(&error))? else {
+                self.survey.confirm_absence(self, id)?;
                 return Ok(Lookup::Absent { in_index: false });
             };
             let state = self.state();
@@ -285,6 +257,11 @@ impl Embedded {
         store.spawn("oncegate-commit", move |_| committer.run(receiver))?;
         store.spawn("oncegate-index", indexer::run)?;
         store.spawn("oncegate-space", |shared| shared.space.run())?;
+        if !shared.survey.is_done() {
+            for _ in 0..tuning.survey_threads {
+                store.spawn("oncegate-survey", |shared| shared.survey.run(shared))?;
+            }
+        }
         let state = shared.state();
         let next = tuning.segment_bytes(state.log_bytes());
         let number = state.end.position.segment.saturating_add(1);
@@ -456,7 +433,8 @@ impl Store for Embedded {
             .tracked
             .first_key_value()
             .and_then(|(_, position)| Some((state.segments.get(&position.segment)?.segment.clone(), position.offset)));
-        let (entries, log_bytes) = (state.counts, state.log_bytes());
+        let entries = state.counts.map(|count| u64::try_from(count).unwrap_or(0));
+        let log_bytes = state.log_bytes();
         drop(state);
         let mut oldest_ms = [None; Tag::COUNT];
         if let Some(place) = oldest_ms.get_mut(usize::from(OLDEST_TRACKED.0)) {

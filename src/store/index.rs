@@ -31,9 +31,16 @@ pub(crate) struct Checkpoint {
 #[error("index: {0}")]
 pub(crate) struct IndexError(pub(crate) String);
 
-pub(crate) type Visitor<'a> = Box<dyn FnMut(RecordId, Located) + Send + 'a>;
+/// The index is checked in so many parts, by the first bits of the ids.
+pub(crate) const BUCKETS: usize = 1024;
 
-/// Calls one after the other, except `get`.
+/// The part that an id belongs to.
+pub(crate) fn bucket(id: RecordId) -> usize {
+    let RecordId([first, second, ..]) = id;
+    usize::from(u16::from_be_bytes([first, second]) >> (16 - BUCKETS.trailing_zeros()))
+}
+
+/// Calls one after the other, except `get` and `check`.
 pub(crate) trait Index: Send + Sync {
     fn get(&self, id: RecordId) -> Result<Option<Located>, IndexError>;
 
@@ -43,12 +50,25 @@ pub(crate) trait Index: Send + Sync {
     /// The checkpoint; `None` if there is none or it is damaged.
     fn checkpoint(&self) -> Result<Option<Checkpoint>, IndexError>;
 
-    /// Walks through all entries once, with a thread for each visitor, and compares them with what the checkpoint says
-    /// of them.
+    /// About how many entries it holds.
+    fn entries(&self) -> u64;
+
+    /// `false` if it was stopped in the middle of its changes: then nobody knows what exactly it should hold, and
+    /// [`Index::check`] establishes it.
+    fn is_certain(&self) -> bool;
+
+    /// Walks through one bucket, and compares it with what the checkpoint says of it. To be called once for each bucket
+    /// before the first change.
     ///
     /// # Errors
     /// If an entry cannot be read, or entries are missing or changed.
-    fn survey(&self, visitors: &mut [Visitor<'_>]) -> Result<(), IndexError>;
+    fn check(&self, bucket: usize, visit: &mut dyn FnMut(RecordId, Located)) -> Result<(), IndexError>;
+
+    /// It was found to be wrong: it is not to be used after the next start.
+    ///
+    /// # Errors
+    /// If that cannot be noted.
+    fn condemn(&self) -> Result<(), IndexError>;
 
     /// Bytes on the disk.
     fn disk_bytes(&self) -> u64;

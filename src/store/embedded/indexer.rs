@@ -19,8 +19,8 @@ const CHECK_EVERY: Duration = Duration::from_millis(100);
 pub(super) fn run(shared: &Shared) {
     loop {
         let mut state = shared.state();
-        while !is_due(&state, &shared.tuning) {
-            if state.stopping {
+        while !is_due(&state, &shared.tuning) || !shared.survey.is_done() {
+            if state.stopping || shared.failed().is_some() {
                 return;
             }
             state = shared.wake_indexer.wait(state).unwrap_or_else(PoisonError::into_inner);

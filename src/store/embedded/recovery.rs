@@ -1,9 +1,10 @@
 //! Opening: the same way after a clean stop, a killed process and a power cut.
 //!
 //! 1. lock, settings, head, segments: what must be there is there.
-//! 2. Verify every frame of every segment, in two threads, while the index is opened and walked through in a third.
+//! 2. Verify every frame of every segment, in two threads, while the index is opened in a third.
 //! 3. Judge: only what may be the torn end of a crash is cut off; anything else is refused.
 //! 4. (`replay`) Replay what lies behind the index's checkpoint into memory, or everything into a new index.
+//! 5. (`survey`) Compare the index with its checkpoint; a large one while the store serves already.
 
 use super::settings::{STORE_FILE, Settings};
 use super::space::{Space, Spare};
@@ -48,7 +49,7 @@ pub(super) fn open(options: &Options, tuning: Tuning) -> Result<Recovered, OpenE
     let Log { head, mut segments, spare, end, next_version, newest_ms, index } =
         read_log(options, &log_dir, &settings, tuning)?;
 
-    let (index, state) = replay::index_and_state(options, tuning, &settings, head, &mut segments, end, index)?;
+    let (index, state, survey) = replay::index_and_state(options, tuning, &settings, head, &mut segments, end, index)?;
     let active = state.segments.get(&end.position.segment).map(|active| (active.segment.clone(), active.capacity));
     let Some((active, capacity)) = active else {
         let detail = "there is no active segment".to_owned();
@@ -62,6 +63,7 @@ pub(super) fn open(options: &Options, tuning: Tuning) -> Result<Recovered, OpenE
         created,
         state: Mutex::new(state),
         index,
+        survey,
         space,
         settings: Mutex::new(settings),
         failed: OnceLock::new(),

@@ -1,17 +1,17 @@
 //! The second half of opening: replays what lies behind the index's checkpoint into memory, or everything into a new
-//! index, and lets the counts tell what both hold together.
+//! index. The survey then tells what both hold together.
 
 use super::recovery::{Opening, damaged, io_error};
 use super::settings::Settings;
-use super::state::{Live, SegmentState, Slot, State};
+use super::state::{Live, SegmentState, State};
+use super::survey::Survey;
 use super::{OpenError, Options, Tuning, index_dir, indexer, log_dir};
 use crate::store::index::sled::SledIndex;
-use crate::store::index::{Checkpoint, Index, IndexError, Located, Visitor};
+use crate::store::index::{Checkpoint, Index, IndexError, Located};
 use crate::store::log::frame::{self, FRAME_HEADER, Kind, NEVER};
 use crate::store::log::scan::{FrameReader, Scanned};
 use crate::store::log::segment::SEGMENT_HEADER;
 use crate::store::log::{Head, LogPoint, Position};
-use crate::store::{OLDEST_TRACKED, RecordId, Tag};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::io;
@@ -28,7 +28,7 @@ pub(super) fn index_and_state(
     index: Opening,
 ) -> Result<Usable, OpenError> {
     let path = index_dir(&options.path);
-    let why = match use_index(options, head, segments, end, index)? {
+    let why = match use_index(options, tuning, head, segments, end, index)? {
         Ok(usable) => return Ok(usable),
         Err(why) => why,
     };
@@ -39,11 +39,12 @@ pub(super) fn index_and_state(
     rebuild(tuning, settings, head, std::mem::take(segments), end, &path)
 }
 
-type Usable = (Box<dyn Index>, State);
+type Usable = (Box<dyn Index>, State, Survey);
 
 /// Replays what the index has not heard of. The inner error says why the index is of no use.
 fn use_index(
     options: &Options,
+    tuning: Tuning,
     head: Head,
     segments: &mut BTreeMap<u32, SegmentState>,
     end: LogPoint,
@@ -70,10 +71,15 @@ fn use_index(
     let matches = replay(&mut state, from, Some(checkpoint.applied_to), &mut |_, _| Ok(()))?;
     let why = match matches {
         false => "its checkpoint does not match the log".to_owned(),
-        true => match survey(&mut state, &index) {
-            Ok(()) => return Ok(Ok((Box::new(index), state))),
-            Err(error) => error.to_string(),
-        },
+        true => {
+            let survey = Survey::begin(&mut state, index.is_certain());
+            // A walk through a large index would take too long now.
+            let later = index.entries() > tuning.survey_first_max;
+            match if later { Ok(()) } else { survey.complete(&index, &mut state) } {
+                Ok(()) => return Ok(Ok((Box::new(index), state, survey))),
+                Err(error) => error.to_string(),
+            }
+        }
     };
     *segments = state.segments;
     Ok(Err(why))
@@ -113,8 +119,9 @@ fn rebuild(
         Ok(())
     })?;
     state.end = end;
-    survey(&mut state, &index).map_err(no_index)?;
-    Ok((Box::new(index), state))
+    let survey = Survey::begin(&mut state, index.is_certain());
+    survey.complete(&index, &mut state).map_err(no_index)?;
+    Ok((Box::new(index), state, survey))
 }
 
 type Progress<'a> = dyn FnMut(&mut State, LogPoint) -> Result<(), OpenError> + 'a;
@@ -168,72 +175,4 @@ fn replay(
         }
     }
     Ok(matches)
-}
-
-/// What a walk through a part of the index has found.
-#[derive(Default)]
-struct Part {
-    /// Entries that no slot hides.
-    counted: Vec<u64>,
-    tracked: Vec<(u64, Position)>,
-    hidden: Vec<RecordId>,
-    /// Entries of retired segments: the index has not heard that they are gone.
-    stale: Vec<RecordId>,
-    /// An entry in a segment that does not exist.
-    impossible: bool,
-}
-
-/// Walks through the index once: it is compared with its checkpoint, the counts come to tell what index and memory
-/// hold together, and each slot whether it hides something in the index.
-fn survey(state: &mut State, index: &dyn Index) -> Result<(), IndexError> {
-    let (oldest, newest) = (state.segments.keys().next().copied().unwrap_or(0), state.end.position.segment);
-    let mut parts = [Part::default(), Part::default()];
-    let slots = &state.slots;
-    let mut visitors: Vec<Visitor<'_>> = Vec::with_capacity(parts.len());
-    for part in &mut parts {
-        part.counted = vec![0; Tag::COUNT];
-        visitors.push(Box::new(|id: RecordId, located: Located| {
-            if located.position.segment > newest {
-                part.impossible = true;
-            } else if slots.contains_key(&id) {
-                part.hidden.push(id);
-            } else if located.position.segment < oldest {
-                part.stale.push(id);
-            } else {
-                if let Some(count) = part.counted.get_mut(usize::from(located.tag.0)) {
-                    *count += 1;
-                }
-                if located.tag == OLDEST_TRACKED {
-                    part.tracked.push((located.version, located.position));
-                }
-            }
-        }));
-    }
-    index.survey(&mut visitors)?;
-    drop(visitors);
-    if parts.iter().any(|part| part.impossible) {
-        return Err(IndexError("it names segments that do not exist".to_owned()));
-    }
-    let mut slots = std::mem::take(&mut state.slots);
-    slots.values_mut().for_each(|slot| slot.in_index = false);
-    for part in parts {
-        for (count, counted) in state.counts.iter_mut().zip(part.counted) {
-            *count += counted;
-        }
-        state.tracked.extend(part.tracked);
-        for id in part.hidden {
-            slots.entry(id).and_modify(|slot| slot.in_index = true);
-        }
-        for id in part.stale {
-            slots.insert(id, Slot { live: None, in_index: true });
-        }
-    }
-    // A removal that hides nothing is of no use any more.
-    slots.retain(|_, slot| slot.live.is_some() || slot.in_index);
-    for live in slots.values().filter_map(|slot| slot.live.as_ref()) {
-        state.count(&live.located);
-    }
-    state.waiting = slots.values().filter(|slot| slot.for_index()).count();
-    state.slots = slots;
-    Ok(())
 }

@@ -7,7 +7,7 @@ use crate::store::log::segment::Segment;
 use crate::store::log::{LogPoint, Position};
 use crate::store::{OLDEST_TRACKED, RecordId, Tag};
 use bytes::Bytes;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
@@ -33,6 +33,7 @@ impl Hasher for IdHasher {
 }
 
 pub(super) type IdMap<V> = HashMap<RecordId, V, BuildHasherDefault<IdHasher>>;
+pub(super) type IdSet = HashSet<RecordId, BuildHasherDefault<IdHasher>>;
 
 /// An entry that the store holds.
 #[derive(Clone, Debug)]
@@ -87,7 +88,8 @@ pub(super) struct State {
     pub(super) unexpiring: BTreeMap<Position, RecordId>,
     /// Versions of the entries of [`OLDEST_TRACKED`], and where they stand: 16 bytes each, and there should be few.
     pub(super) tracked: BTreeMap<u64, Position>,
-    pub(super) counts: [u64; Tag::COUNT],
+    /// May be negative until the survey has counted what is in the index.
+    pub(super) counts: [i64; Tag::COUNT],
     pub(super) segments: BTreeMap<u32, SegmentState>,
     /// Where the durable log ends.
     pub(super) end: LogPoint,
@@ -145,7 +147,7 @@ impl State {
 
     pub(super) fn uncount(&mut self, located: &Located) {
         if let Some(count) = self.counts.get_mut(usize::from(located.tag.0)) {
-            *count = count.saturating_sub(1);
+            *count -= 1;
         }
         if located.tag == OLDEST_TRACKED {
             self.tracked.remove(&located.version);

@@ -31,6 +31,7 @@ const LATEST_MS: u64 = 60_000;
 const SLACK_SEGMENTS: u64 = 3;
 
 const MORE: Duration = Duration::from_millis(1);
+const SURVEYING: Duration = Duration::from_millis(20);
 const IDLE: Duration = Duration::from_secs(1);
 
 /// A walk through one segment, over as many calls as it takes.
@@ -72,6 +73,9 @@ impl Sweeper {
         queue: &mpsc::Sender<Op>,
         now_ms: u64,
     ) -> Result<Duration, StoreError> {
+        if !shared.survey.is_done() {
+            return Ok(SURVEYING);
+        }
         copy_old_claims(shared, queue)?;
         if self.walk.is_none() {
             self.walk = self.choose(shared, now_ms);

@@ -2,21 +2,24 @@
 //!
 //! What has to be known of sled 0.34: its `flush` writes but never syncs on Linux, so each one is followed by an own
 //! `fdatasync` of the file `db`; `flush_async` can hang for ever; opening or reading a damaged database may panic, or
-//! silently give less than was written. Hence the checkpoint holds a sum over all entries, which [`Index::survey`] compares.
+//! silently give less than was written. Hence the checkpoint holds sums over all entries, which [`Index::check`] compares.
 
-use super::{Checkpoint, Index, IndexError, Located, Visitor};
+use super::{BUCKETS, Checkpoint, Index, IndexError, Located, bucket};
 use crate::store::files::{self, Fields};
 use crate::store::log::segment::StoreId;
 use crate::store::log::{LogPoint, Position};
 use crate::store::{RecordId, Tag};
 use std::fs::File;
+use std::ops::Bound;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use xxhash_rust::xxh3::xxh3_64;
 
 const CACHE_BYTES: u64 = 32 << 20;
 const CHECKPOINT: &[u8] = b"checkpoint";
+/// A file that says: do not use this index.
+const CONDEMNED: &str = "condemned";
 
 pub(crate) struct SledIndex {
     /// `None` only while it is dropped.
@@ -43,35 +46,35 @@ impl Drop for SledIndex {
 }
 
 /// What the checkpoint says beside the positions.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct State {
     checkpoint: Option<Checkpoint>,
-    sum: Sum,
-    /// `false` from before the first change until the next checkpoint: the sum does not hold then.
+    /// Roughly, after a stop in the middle of changes.
+    entries: u64,
+    /// For each bucket, the sum of its entries' hashes: it does not depend on their order.
+    sums: Vec<u64>,
+    /// `false` from before the first change until the next checkpoint: the sums do not hold then.
     clean: bool,
 }
 
-/// A sum that does not depend on order: of hashes of the entries, and their number.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Sum {
-    entries: u64,
-    hashes: u64,
+impl State {
+    fn add(&mut self, id: RecordId, value: &[u8]) {
+        self.entries = self.entries.saturating_add(1);
+        if let Some(sum) = self.sums.get_mut(bucket(id)) {
+            *sum = sum.wrapping_add(hash(id, value));
+        }
+    }
+
+    fn subtract(&mut self, id: RecordId, value: &[u8]) {
+        self.entries = self.entries.saturating_sub(1);
+        if let Some(sum) = self.sums.get_mut(bucket(id)) {
+            *sum = sum.wrapping_sub(hash(id, value));
+        }
+    }
 }
 
-impl Sum {
-    fn add(&mut self, id: &[u8], value: &[u8]) {
-        self.entries = self.entries.wrapping_add(1);
-        self.hashes = self.hashes.wrapping_add(Self::hash(id, value));
-    }
-
-    fn subtract(&mut self, id: &[u8], value: &[u8]) {
-        self.entries = self.entries.wrapping_sub(1);
-        self.hashes = self.hashes.wrapping_sub(Self::hash(id, value));
-    }
-
-    fn hash(id: &[u8], value: &[u8]) -> u64 {
-        xxh3_64(id) ^ xxh3_64(value).rotate_left(32)
-    }
+fn hash(id: RecordId, value: &[u8]) -> u64 {
+    xxh3_64(&id.0) ^ xxh3_64(value).rotate_left(32)
 }
 
 impl SledIndex {
@@ -81,6 +84,9 @@ impl SledIndex {
     /// If sled cannot (a panic included) or its files cannot be synced.
     pub(crate) fn open(path: &Path, store: StoreId) -> Result<Self, IndexError> {
         let fresh = !path.exists();
+        if path.join(CONDEMNED).exists() {
+            return Err(IndexError("it was found to be wrong while it was in use".to_owned()));
+        }
         let guarded = catch_unwind(|| {
             let config = sled::Config::new()
                 .path(path)
@@ -98,8 +104,8 @@ impl SledIndex {
         };
         let io = |error: std::io::Error| IndexError(error.to_string());
         let file = File::open(path.join("db")).map_err(io)?;
-        let state = State { checkpoint: None, sum: Sum::default(), clean: false };
-        let index = Self { trees: Some(trees), file, path: path.to_owned(), store, state: Mutex::new(state) };
+        let state = Mutex::new(State { checkpoint: None, entries: 0, sums: vec![0; BUCKETS], clean: false });
+        let index = Self { trees: Some(trees), file, path: path.to_owned(), store, state };
         if fresh {
             index.sync()?;
             File::open(path.join("conf")).and_then(|conf| conf.sync_all()).map_err(io)?;
@@ -107,10 +113,14 @@ impl SledIndex {
             files::sync_dir(path).map_err(io)?;
             path.parent().map_or(Ok(()), files::sync_dir).map_err(io)?;
         }
-        if let Some(state) = index.read_checkpoint()? {
-            *index.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+        if let Some(read) = index.read_checkpoint()? {
+            *index.state() = read;
         }
         Ok(index)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs a call into sled; a panic in it is an error like others.
@@ -134,32 +144,6 @@ impl SledIndex {
         self.sync()
     }
 
-    /// Visits the entries whose first four bytes lie in `from..until`.
-    fn survey_range(&self, from: u64, until: u64, visit: &mut Visitor<'_>) -> Result<Sum, IndexError> {
-        let mut sum = Sum::default();
-        let mut malformed = false;
-        let from = u32::try_from(from).unwrap_or(u32::MAX).to_be_bytes();
-        self.guarded(|trees| {
-            for entry in trees.entries.range(from..) {
-                let (id, value) = entry?;
-                let Some(id) = id.first_chunk::<16>().filter(|_| id.len() == 16) else {
-                    malformed = true;
-                    return Ok(());
-                };
-                if Fields(id).array().map(u32::from_be_bytes).is_some_and(|first| u64::from(first) >= until) {
-                    return Ok(());
-                }
-                sum.add(id, &value);
-                match decode(&value) {
-                    Some(located) => visit(RecordId(*id), located),
-                    None => malformed = true,
-                }
-            }
-            Ok(())
-        })?;
-        if malformed { Err(IndexError("it holds malformed entries".to_owned())) } else { Ok(sum) }
-    }
-
     fn sync(&self) -> Result<(), IndexError> {
         self.guarded(|trees| trees.db.flush())?;
         self.file.sync_data().map_err(|error| IndexError(error.to_string()))
@@ -177,7 +161,7 @@ impl Index for SledIndex {
     }
 
     fn apply(&self, changes: &[(RecordId, Option<Located>)], checkpoint: Checkpoint) -> Result<(), IndexError> {
-        let mut state = *self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state().clone();
         if state.clean && !changes.is_empty() {
             state.clean = false;
             self.write_checkpoint(&state)?;
@@ -187,13 +171,13 @@ impl Index for SledIndex {
                 let old = match new {
                     Some(located) => {
                         let value = encode(located);
-                        state.sum.add(&id.0, &value);
+                        state.add(*id, &value);
                         trees.entries.insert(id.0, value)?
                     }
                     None => trees.entries.remove(id.0)?,
                 };
                 if let Some(old) = old {
-                    state.sum.subtract(&id.0, &old);
+                    state.subtract(*id, &old);
                 }
             }
             Ok(())
@@ -202,39 +186,58 @@ impl Index for SledIndex {
         state.checkpoint = Some(checkpoint);
         state.clean = true;
         self.write_checkpoint(&state)?;
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+        *self.state() = state;
         Ok(())
     }
 
     fn checkpoint(&self) -> Result<Option<Checkpoint>, IndexError> {
-        Ok(self.state.lock().unwrap_or_else(PoisonError::into_inner).checkpoint)
+        Ok(self.state().checkpoint)
     }
 
-    fn survey(&self, visitors: &mut [Visitor<'_>]) -> Result<(), IndexError> {
-        let parts = u32::try_from(visitors.len()).unwrap_or(u32::MAX).max(1);
-        let border = |part: u32| (u64::from(u32::MAX) + 1) * u64::from(part) / u64::from(parts);
-        let sums = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..parts)
-                .zip(visitors)
-                .map(|(part, visit)| scope.spawn(move || self.survey_range(border(part), border(part + 1), visit)))
-                .collect();
-            let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Sum, IndexError>>| {
-                thread.join().unwrap_or_else(|_| Err(IndexError("walking through it has panicked".to_owned())))
-            };
-            threads.into_iter().map(join).collect::<Result<Vec<_>, _>>()
+    fn entries(&self) -> u64 {
+        self.state().entries
+    }
+
+    fn is_certain(&self) -> bool {
+        self.state().clean
+    }
+
+    fn check(&self, bucket: usize, visit: &mut dyn FnMut(RecordId, Located)) -> Result<(), IndexError> {
+        let (mut sum, mut malformed) = (0_u64, false);
+        let border = |bucket: usize| u16::try_from(bucket * ((1 << 16) / BUCKETS)).ok().map(u16::to_be_bytes);
+        let Some(from) = border(bucket) else { return Ok(()) };
+        let until = border(bucket + 1).map_or(Bound::Unbounded, Bound::Excluded);
+        self.guarded(|trees| {
+            for entry in trees.entries.range((Bound::Included(from), until)) {
+                let (id, value) = entry?;
+                let Some((id, located)) = id.first_chunk().filter(|_| id.len() == 16).zip(decode(&value)) else {
+                    malformed = true;
+                    return Ok(());
+                };
+                sum = sum.wrapping_add(hash(RecordId(*id), &value));
+                visit(RecordId(*id), located);
+            }
+            Ok(())
         })?;
-        let mut sum = Sum::default();
-        for part in sums {
-            sum.entries = sum.entries.wrapping_add(part.entries);
-            sum.hashes = sum.hashes.wrapping_add(part.hashes);
+        if malformed {
+            return Err(IndexError("it holds malformed entries".to_owned()));
         }
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.clean && state.sum != sum {
-            let (found, wanted) = (sum.entries, state.sum.entries);
-            return Err(IndexError(format!("{found} entries where {wanted} were written, or other ones")));
+        let mut state = self.state();
+        let clean = state.clean;
+        match state.sums.get_mut(bucket) {
+            Some(wanted) if clean && *wanted != sum => {
+                Err(IndexError("entries are missing, or others stand there than were written".to_owned()))
+            }
+            Some(wanted) => {
+                *wanted = sum;
+                Ok(())
+            }
+            None => Ok(()),
         }
-        state.sum = sum;
-        Ok(())
+    }
+
+    fn condemn(&self) -> Result<(), IndexError> {
+        files::replace(&self.path, CONDEMNED, b"").map_err(|error| IndexError(error.to_string()))
     }
 
     fn disk_bytes(&self) -> u64 {
@@ -275,7 +278,7 @@ fn encode_checkpoint(checkpoint: &Checkpoint, state: &State, store: StoreId) -> 
         out.extend_from_slice(&position.segment.to_le_bytes());
         out.extend_from_slice(&position.offset.to_le_bytes());
     }
-    for field in [checkpoint.applied_to.frame, state.sum.entries, state.sum.hashes] {
+    for field in [checkpoint.applied_to.frame, state.entries].iter().chain(&state.sums) {
         out.extend_from_slice(&field.to_le_bytes());
     }
     out.push(u8::from(state.clean));
@@ -290,6 +293,7 @@ fn decode_checkpoint(bytes: &[u8], store: StoreId) -> Option<State> {
     let mut position = || Some(Position { segment: fields.u32()?, offset: fields.u32()? });
     let (replay_from, applied_to) = (position()?, position()?);
     let checkpoint = Checkpoint { replay_from, applied_to: LogPoint { position: applied_to, frame: fields.u64()? } };
-    let sum = Sum { entries: fields.u64()?, hashes: fields.u64()? };
-    Some(State { checkpoint: Some(checkpoint), sum, clean: fields.u8()? == 1 })
+    let entries = fields.u64()?;
+    let sums = (0..BUCKETS).map(|_| fields.u64()).collect::<Option<Vec<_>>>()?;
+    Some(State { checkpoint: Some(checkpoint), entries, sums, clean: fields.u8()? == 1 })
 }
