@@ -8,6 +8,7 @@ use crate::gateway::scope::Secret;
 use crate::gateway::{Gateway, GatewayLedger};
 use crate::idempotency::Millis;
 use crate::ledger::{Ledger, tags};
+use crate::server::inherit::{InheritError, Inherited};
 use crate::server::{Address, BindError, Listener, Server};
 use crate::store::{self, AnyStore, Health, OpenError, Store, StoreError};
 use crate::telemetry::{Metrics, Reading};
@@ -24,6 +25,8 @@ pub enum StartError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Bind(#[from] BindError),
+    #[error(transparent)]
+    Inherit(#[from] InheritError),
     #[error(
         "the configuration would give existing keys other ids, and every retry would be executed again:\n  {}\n\
          Undo the change, or start once with --accept-new-identity if no client retries across it.",
@@ -70,10 +73,12 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
     recover(&ledger, &config).await?;
 
     let mut listeners = Vec::new();
+    let mut inherited = Inherited::take_all()?;
     for address in &config.server.listen {
-        listeners.push(Listener::bind(address).await?);
+        listeners.push(listen(&mut inherited, address).await?);
     }
-    let admin_listener = Listener::bind(&config.admin.listen).await?;
+    let admin_listener = listen(&mut inherited, &config.admin.listen).await?;
+    inherited.finish()?;
     let admin_address = admin_listener.address();
     let addresses = listeners.iter().map(Listener::address).collect::<Vec<_>>();
 
@@ -116,6 +121,13 @@ impl Running {
         let ledger = self.ledger;
         let _ = tokio::task::spawn_blocking(move || ledger.store().close()).await;
         tracing::info!("stopped");
+    }
+}
+
+async fn listen(inherited: &mut Inherited, address: &Address) -> Result<Listener, BindError> {
+    match inherited.take(address).await {
+        Some(listener) => Ok(listener),
+        None => Listener::bind(address).await,
     }
 }
 

@@ -1,6 +1,7 @@
 //! Listeners, connections, limits and the drain.
 
 mod connection;
+pub mod inherit;
 
 use crate::gateway::Gateway;
 use crate::gateway::problem::{Code, Problem};
@@ -58,7 +59,12 @@ pub struct Limits {
 /// A socket that is being listened on.
 pub enum Listener {
     Tcp(TcpListener),
-    Unix(UnixListener, PathBuf),
+    Unix {
+        socket: UnixListener,
+        path: PathBuf,
+        /// Whether the file is to go with the socket.
+        owned: bool,
+    },
 }
 
 /// An address could not be listened on.
@@ -78,7 +84,7 @@ impl Listener {
     pub async fn bind(address: &Address) -> Result<Self, BindError> {
         let bound = match address {
             Address::Tcp(name) => bind_tcp(name).await.map(Self::Tcp),
-            Address::Unix(path) => bind_unix(path).map(|listener| Self::Unix(listener, path.clone())),
+            Address::Unix(path) => bind_unix(path).map(|socket| Self::Unix { socket, path: path.clone(), owned: true }),
         };
         bound.map_err(|error| BindError { address: address.clone(), error })
     }
@@ -92,7 +98,7 @@ impl Listener {
                     listener.local_addr().map_or_else(|error| error.to_string(), |address| address.to_string());
                 Address::Tcp(address)
             }
-            Self::Unix(_, path) => Address::Unix(path.clone()),
+            Self::Unix { path, .. } => Address::Unix(path.clone()),
         }
     }
 
@@ -107,14 +113,14 @@ impl Listener {
                 stream.set_nodelay(true)?;
                 Ok((Stream::Left(stream), Some(peer.ip())))
             }
-            Self::Unix(listener, _) => listener.accept().await.map(|(stream, _)| (Stream::Right(stream), None)),
+            Self::Unix { socket, .. } => socket.accept().await.map(|(stream, _)| (Stream::Right(stream), None)),
         }
     }
 }
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Self::Unix(_, path) = self {
+        if let Self::Unix { path, owned: true, .. } = self {
             // Left over, it would only be in the way of the next start, which removes it itself.
             let _ = std::fs::remove_file(path);
         }

@@ -25,6 +25,7 @@ mod pass;
 mod problems;
 mod replay;
 mod replay_fields;
+mod restart;
 mod routes;
 mod scope;
 mod support;

@@ -5,6 +5,7 @@ use super::upstream::Upstream;
 use super::{PATIENCE, eventually};
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
@@ -75,6 +76,18 @@ impl Gateway {
         arguments: &[&str],
         environment: &[(&str, &str)],
     ) -> Result<Self, Refusal> {
+        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let (arguments, environment) = Self::prepare(&dir, url, settings, arguments, environment);
+        Self::spawn(dir, arguments, environment, None)
+    }
+
+    fn prepare(
+        dir: &TempDir,
+        url: &str,
+        settings: &str,
+        arguments: &[&str],
+        environment: Vec<(String, String)>,
+    ) -> (Vec<String>, Vec<(String, String)>) {
         let store = if settings.contains("store.path") {
             String::new()
         } else {
@@ -88,15 +101,43 @@ impl Gateway {
         let mut all = vec!["serve".to_owned(), "--log-format".to_owned(), "json".to_owned()];
         all.extend(["--config".to_owned(), file.display().to_string()]);
         all.extend(arguments.iter().map(|&argument| argument.to_owned()));
-        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        Self::spawn(dir, all, environment)
+        (all, environment)
     }
 
-    fn spawn(dir: Arc<TempDir>, arguments: Vec<String>, environment: Vec<(String, String)>) -> Result<Self, Refusal> {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_oncegate"))
+    /// Starts one that gets its listening socket from a service manager, which is the caller.
+    pub fn try_start_on(
+        listener: OwnedFd,
+        dir: Arc<TempDir>,
+        url: &str,
+        settings: &str,
+        listen: &str,
+    ) -> Result<Self, Refusal> {
+        let environment = vec![("ONCEGATE_SERVER__LISTEN".to_owned(), listen.to_owned())];
+        let (arguments, environment) = Self::prepare(&dir, url, settings, &[], environment);
+        Self::spawn(dir, arguments, environment, Some(listener))
+    }
+
+    fn spawn(
+        dir: Arc<TempDir>,
+        arguments: Vec<String>,
+        environment: Vec<(String, String)>,
+        listener: Option<OwnedFd>,
+    ) -> Result<Self, Refusal> {
+        let program = env!("CARGO_BIN_EXE_oncegate");
+        let (mut command, stdin) = match listener {
+            None => (Command::new(program), Stdio::null()),
+            // As the protocol wants it: descriptor 3, and the process named by its id.
+            Some(listener) => {
+                let mut shell = Command::new("sh");
+                let script = r#"exec 3<&0 0</dev/null; LISTEN_FDS=1 LISTEN_PID=$$ exec "$0" "$@""#;
+                shell.args(["-c", script, program]);
+                (shell, Stdio::from(listener))
+            }
+        };
+        let mut child = command
             .args(&arguments)
             .envs(environment.clone())
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -132,7 +173,7 @@ impl Gateway {
     pub fn again(&self, environment: &[(&str, &str)]) -> Result<Self, Refusal> {
         let further = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         let environment = self.environment.iter().cloned().chain(further).collect();
-        Self::spawn(Arc::clone(&self.dir), self.arguments.clone(), environment)
+        Self::spawn(Arc::clone(&self.dir), self.arguments.clone(), environment, None)
     }
 
     pub fn dir(&self) -> Arc<TempDir> {
