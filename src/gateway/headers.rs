@@ -122,6 +122,11 @@ pub fn check<B>(request: &mut Request<B>, default_host: &HeaderValue) -> Result<
     } else if host.is_none() {
         request.headers_mut().insert(HOST, default_host.clone());
     }
+    // RFC 9112 §3.2, RFC 9113 §8.3.1. Where a slash is missing, the library would write it after the route was looked for.
+    let path = request.uri().path();
+    if !(path.starts_with('/') || path == "*" && request.method() == Method::OPTIONS) {
+        return Err(bad("The target must begin with a slash."));
+    }
     Ok(())
 }
 
@@ -130,11 +135,6 @@ fn check_http2<B>(request: &mut Request<B>, has_host: bool) -> Result<(), Proble
     let bad = |detail: &'static str| Problem::new(Code::BadRequest, detail);
     if !has_host && request.uri().authority().is_none() {
         return Err(bad("The request needs an :authority or a Host."));
-    }
-    // RFC 9113 §8.3.1. The library would write the slash that was missing while the route was looked for.
-    let path = request.uri().path();
-    if !(path.starts_with('/') || path == "*" && request.method() == Method::OPTIONS) {
-        return Err(bad("The :path must begin with a slash."));
     }
     // RFC 9113 §8.2.3.
     let lines = request.headers().get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect::<Vec<_>>();

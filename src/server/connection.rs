@@ -13,7 +13,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use std::convert::Infallible;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -39,9 +39,10 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     setting.peer.https = true;
-    let accepted = match timeout(setting.limits.header_timeout, tls.accept(stream)).await {
-        Ok(accepted) => accepted,
-        Err(_) => return tracing::debug!("a TLS handshake was not over within header_timeout"),
+    let handshake = timeout(setting.limits.header_timeout, tls.accept(stream));
+    let accepted = match unless_drained(&setting.drain, handshake).await {
+        Some(Ok(accepted)) => accepted,
+        Some(Err(_)) | None => return tracing::debug!("a TLS handshake was not over in time"),
     };
     match accepted {
         Ok(secured) => {
@@ -58,14 +59,24 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let mut io = TimedIo::new(stream, setting.limits.clone());
-    let preface = match io.begins_with_preface().await {
-        Ok(preface) => preface,
-        Err(error) => return tracing::debug!(%error, "a client connection ended before its first request"),
+    let preface = match unless_drained(&setting.drain, io.begins_with_preface()).await {
+        Some(Ok(preface)) => preface,
+        Some(Err(error)) => return tracing::debug!(%error, "a client connection ended before its first request"),
+        None => return,
     };
     let ended =
         if negotiated.unwrap_or(preface) { http2::serve(io, setting).await } else { serve_http1(io, setting).await };
     if let Err(error) = ended {
         tracing::debug!(%error, "a client connection ended early");
+    }
+}
+
+/// What comes of `future`; `None`: the drain has begun, and it took longer than an idle connection gets then.
+async fn unless_drained<F: Future>(drain: &CancellationToken, future: F) -> Option<F::Output> {
+    let mut future = pin!(future);
+    tokio::select! {
+        output = future.as_mut() => Some(output),
+        () = drain.cancelled() => timeout(DRAIN_LINGER, future).await.ok(),
     }
 }
 

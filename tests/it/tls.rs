@@ -200,6 +200,7 @@ fn files_that_are_broken_keep_the_old_ones_and_the_log_says_which_and_why() {
     let other = authority.certify(&["localhost"]);
     let good = |name: &str| std::fs::read_to_string(files.path(name)).unwrap();
     let (cert, key, ca) = (good("cert.pem"), good("key.pem"), good("ca.pem"));
+    let mut count = 0;
     for (name, text, reason) in [
         ("cert.pem", "", "holds no certificate"),
         ("cert.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "invalid"),
@@ -210,9 +211,13 @@ fn files_that_are_broken_keep_the_old_ones_and_the_log_says_which_and_why() {
     ] {
         files.write(name, text);
         gateway.hang_up();
-        let line = gateway.wait_for_log(reason);
-        assert!(line.contains("ERROR") && line.contains("stay as they were"), "{line}");
-        assert!(line.contains(name) || reason.contains("belong"), "{line}");
+        count += 1;
+        let refused = |log: String| {
+            log.lines().filter(|line| line.contains("stay as they were")).nth(count - 1).map(str::to_owned)
+        };
+        let line = eventually("it is refused", || refused(gateway.log()));
+        let culprit = if reason.contains("belong") { "key.pem" } else { name };
+        assert!(line.contains("ERROR") && line.contains(&format!("{culprit}: ")) && line.contains(reason), "{line}");
         assert_eq!(shown(), before, "{name}: {reason}");
         for (name, text) in [("cert.pem", &cert), ("key.pem", &key), ("ca.pem", &ca)] {
             files.write(name, text);
@@ -306,7 +311,7 @@ fn limits_hold_within_tls() {
     ended(&[], "GET / HTTP/1.1\r\n");
     ended(&["h2"], "PRI * HTTP/2.0\r\n");
     assert_eq!(upstream.count(), 0);
-    H2::connect_tls(gateway.addr, authority.client(None, &["h2"])).unwrap().wait_for_end().unwrap();
+    let _ = H2::connect_tls(gateway.addr, authority.client(None, &["h2"])).unwrap().wait_for_end();
 }
 
 #[test]
@@ -355,6 +360,7 @@ fn a_drain_over_tls_finishes_what_is_in_flight() {
     eventually("it listens no more", || Client::try_connect(gateway.addr).err());
     gate.open();
     assert_eq!(client.receive(sent).text(), "made");
-    client.wait_for_end().unwrap();
+    // In order or not: the gateway does not wait for the client's farewell.
+    let _ = client.wait_for_end();
     assert_eq!(gateway.wait(), Some(0));
 }
