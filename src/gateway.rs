@@ -1,6 +1,7 @@
 //! The request pipeline, in path order.
 
 mod body;
+pub mod client_cert;
 mod forward;
 pub mod headers;
 pub mod identity;
@@ -19,6 +20,7 @@ use crate::ledger::{Answer, Arrival, Arrived, Budget, Held, Ledger, Settlement};
 use crate::store::{AnyStore, StoreError};
 use crate::telemetry::{Metrics, Outcome, RouteMetrics};
 use bytes::Bytes;
+use client_cert::ClientCert;
 use forward::TaskAnswer;
 use headers::via_names_us;
 use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
@@ -102,6 +104,10 @@ pub struct Peer {
     pub ip: Option<IpAddr>,
     /// Whether it is one of `server.trusted_proxies`.
     pub trusted: bool,
+    /// Whether it came by TLS.
+    pub https: bool,
+    /// Whom its certificate names, where one is required.
+    pub client_cert: Option<ClientCert>,
 }
 
 /// A response that waiters with the same credentials may share when nothing was executed.
@@ -155,11 +161,12 @@ impl Gateway {
         })
     }
 
-    /// Who is at the other end of a connection from `ip` (`None`: a Unix socket, whose peers are local and trusted).
+    /// Who is at the other end of a connection from `ip` (`None`: a Unix socket, whose peers are local and trusted), before
+    /// any TLS.
     #[must_use]
     pub fn peer(&self, ip: Option<IpAddr>) -> Peer {
         let trusted = |ip: IpAddr| self.options.trusted_proxies.iter().any(|net| net.contains(&ip.to_canonical()));
-        Peer { ip, trusted: ip.is_none_or(trusted) }
+        Peer { ip, trusted: ip.is_none_or(trusted), https: false, client_cert: None }
     }
 
     #[must_use]

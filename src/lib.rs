@@ -7,7 +7,7 @@
 //! # Life of a request
 //!
 //! ```text
-//! server      accept, time limits, HTTP/1.1                        server.rs, server/connection.rs
+//! server      accept, TLS, HTTP/1.1 or HTTP/2, time limits         server.rs, server/{tls,connection,http2,timed_io}.rs
 //! gateway     check → route → no: pass through, streaming          gateway.rs, gateway/{headers,path,route,pass}.rs
 //!             key → scope → body (capped) → fingerprint            gateway/{key,scope,body}.rs, idempotency/fingerprint.rs
 //! ledger      hot cache? replay. In flight here? wait.             ledger.rs, ledger/{hot_cache,slots}.rs
@@ -23,7 +23,7 @@
 //! - [`ledger`]: the shell of the core: step → compare-and-swap → act, once the write has landed. Slots for keys in flight,
 //!   waiters, the hot cache of completed records, the budget of buffered bytes.
 //! - [`gateway`]: the request pipeline; what the gateway itself answers; the way to the upstream.
-//! - [`server`]: listeners, connections, their limits, the drain.
+//! - [`server`]: listeners, TLS, connections, their limits, the drain.
 //! - [`admin`], [`telemetry`]: liveness, readiness, metrics, logs.
 //! - [`config`]: the configuration file, the environment and the flags, resolved into each module's own options.
 //! - [`run`]: wires it all together. [`clock`]: the one place that reads the system's clocks.
@@ -43,7 +43,8 @@
 //! 7. Every queue, body, wait and loop has a configured limit.
 //! 8. After a failed flush the store is failed for good: it acknowledges nothing more and never retries the flush.
 //! 9. Network input, configuration and stored bytes never cause a panic.
-//! 10. A pass-through allocates no body box and spawns no task per request; its only lock is the pool's, held for a pop.
+//! 10. A pass-through allocates no body box and spawns no task per request (the HTTP library does, for an HTTP/2 stream);
+//!     its only lock is the pool's, held for a pop.
 
 pub mod admin;
 pub mod clock;

@@ -147,7 +147,9 @@ fn serve(config: Config, accept_new_identity: bool) -> anyhow::Result<()> {
     runtime.block_on(async {
         // Before anything is bound: a signal must never meet the default action once claims exist.
         let signal = run::shutdown_signal().context("cannot listen for signals")?;
+        let reload = run::reload_signal().context("cannot listen for signals")?;
         let running = run::start(config, accept_new_identity).await?;
+        running.reload_on(reload);
         running.until(signal).await;
         anyhow::Ok(())
     })?;

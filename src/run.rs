@@ -9,12 +9,14 @@ use crate::gateway::{Gateway, GatewayLedger};
 use crate::idempotency::Millis;
 use crate::ledger::{Ledger, tags};
 use crate::server::inherit::{InheritError, Inherited};
+use crate::server::tls::{LoadError, Tls};
 use crate::server::{Address, BindError, Listener, Server};
 use crate::store::{self, AnyStore, Health, OpenError, Store, StoreError};
 use crate::telemetry::{Metrics, Reading};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Why the gateway did not start.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +29,8 @@ pub enum StartError {
     Bind(#[from] BindError),
     #[error(transparent)]
     Inherit(#[from] InheritError),
+    #[error("server.tls.{}: {}", .0.key, .0)]
+    Tls(LoadError),
     #[error(
         "the configuration would give existing keys other ids, and every retry would be executed again:\n  {}\n\
          Undo the change, or start once with --accept-new-identity if no client retries across it.",
@@ -43,7 +47,7 @@ impl StartError {
     /// 2 for what the configuration says, 1 for everything else.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
-        if matches!(self, Self::Identity(_)) { 2 } else { 1 }
+        if matches!(self, Self::Identity(_) | Self::Tls(_)) { 2 } else { 1 }
     }
 }
 
@@ -52,6 +56,7 @@ pub struct Running {
     ledger: GatewayLedger,
     server: Arc<Server>,
     admin: Arc<Admin>,
+    tls: Option<Arc<Tls>>,
     drain_delay: Duration,
     drain_timeout: Duration,
     addresses: Vec<Address>,
@@ -63,6 +68,7 @@ pub struct Running {
 /// # Errors
 /// See [`StartError`]; nothing is left running then.
 pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running, StartError> {
+    let tls = config.server.tls.clone().map(Tls::new).transpose().map_err(StartError::Tls)?.map(Arc::new);
     let store = AnyStore::open(&config.store)?;
     warn_of_new_store(&store, &config.store);
     let secret = secret(&store)?;
@@ -83,7 +89,7 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
     let addresses = listeners.iter().map(Listener::address).collect::<Vec<_>>();
 
     let gateway = Gateway::new(config.gateway, ledger.clone(), secret, metrics.clone());
-    let server = Server::new(Arc::clone(&gateway), config.server.limits, metrics.clone());
+    let server = Server::new(Arc::clone(&gateway), config.server.limits, tls.clone(), metrics.clone());
     let read = reader(&ledger, &gateway);
     let admin = Admin::new(metrics.registry(read.clone()), read);
     let upstream = Arc::clone(gateway.upstream());
@@ -97,7 +103,7 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
         tokio::spawn(Arc::clone(&server).accept(listener));
     }
     let (drain_delay, drain_timeout) = (config.server.drain_delay, config.server.drain_timeout);
-    Ok(Running { ledger, server, admin, drain_delay, drain_timeout, addresses, admin_address })
+    Ok(Running { ledger, server, admin, tls, drain_delay, drain_timeout, addresses, admin_address })
 }
 
 impl Running {
@@ -110,6 +116,20 @@ impl Running {
     #[must_use]
     pub fn admin_address(&self) -> &Address {
         &self.admin_address
+    }
+
+    /// From now on reads the files of `[server.tls]` again whenever `reload` says so. Open connections keep what they have.
+    pub fn reload_on(&self, mut reload: Signal) {
+        let tls = self.tls.clone();
+        tokio::spawn(async move {
+            while reload.recv().await.is_some() {
+                let Some(tls) = tls.clone() else {
+                    tracing::info!("SIGHUP: there is no [server.tls] to read again");
+                    continue;
+                };
+                let _ = tokio::task::spawn_blocking(move || tls.reload()).await;
+            }
+        });
     }
 
     /// Serves until `shutdown` is ready, then drains and closes the store.
@@ -146,7 +166,6 @@ fn warn_of_new_store(store: &AnyStore, options: &store::Options) {
 /// # Errors
 /// The operating system's.
 pub fn shutdown_signal() -> std::io::Result<impl Future<Output = ()>> {
-    use tokio::signal::unix::{SignalKind, signal};
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     Ok(async move {
         tokio::select! {
@@ -154,6 +173,14 @@ pub fn shutdown_signal() -> std::io::Result<impl Future<Output = ()>> {
             _ = interrupt.recv() => {}
         }
     })
+}
+
+/// SIGHUP, which ends the process no more from now on.
+///
+/// # Errors
+/// The operating system's.
+pub fn reload_signal() -> std::io::Result<Signal> {
+    signal(SignalKind::hangup())
 }
 
 /// A key made of parts: BLAKE3 of each part's length (64 bits, little-endian) and bytes in turn, so that no two lists of

@@ -1,17 +1,23 @@
 //! Listeners, connections, limits and the drain.
 
 mod connection;
+mod frames;
+mod http2;
 pub mod inherit;
+mod timed_io;
+pub mod tls;
 
 use crate::gateway::Gateway;
 use crate::gateway::problem::{Code, Problem};
 use crate::telemetry::Metrics;
+use connection::Setting;
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
+use tls::Tls;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 use tokio::time::Instant;
@@ -45,6 +51,8 @@ pub struct Options {
     pub drain_delay: Duration,
     pub drain_timeout: Duration,
     pub limits: Limits,
+    /// Of all TCP addresses; `None`: plain.
+    pub tls: Option<tls::Options>,
 }
 
 #[derive(Clone, Debug)]
@@ -163,6 +171,7 @@ fn bind_unix(path: &Path) -> io::Result<UnixListener> {
 pub struct Server {
     gateway: Arc<Gateway>,
     limits: Limits,
+    tls: Option<Arc<Tls>>,
     metrics: Metrics,
     connections: TaskTracker,
     open: Arc<AtomicUsize>,
@@ -174,10 +183,11 @@ pub struct Server {
 
 impl Server {
     #[must_use]
-    pub fn new(gateway: Arc<Gateway>, limits: Limits, metrics: Metrics) -> Arc<Self> {
+    pub fn new(gateway: Arc<Gateway>, limits: Limits, tls: Option<Arc<Tls>>, metrics: Metrics) -> Arc<Self> {
         Arc::new(Self {
             gateway,
             limits,
+            tls,
             metrics,
             connections: TaskTracker::new(),
             open: Arc::new(AtomicUsize::new(0)),
@@ -206,18 +216,30 @@ impl Server {
 
     fn take(&self, stream: Stream, ip: Option<IpAddr>) {
         let max = self.limits.max_connections;
+        // A Unix socket's peers are on this machine.
+        let tls = self.tls.clone().filter(|_| matches!(stream, Stream::Left(_)));
         let one_more = |open: usize| (open < max).then_some(open + 1);
         if self.open.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).is_err() {
             self.metrics.connections_refused.inc();
-            tokio::spawn(refuse(stream));
+            // Saying why over TLS would take a handshake, which is more than a request costs.
+            if tls.is_none() {
+                tokio::spawn(refuse(stream));
+            }
             return;
         }
         let place = Place::new(Arc::clone(&self.open), self.metrics.clone());
-        let (gateway, limits, drain) = (Arc::clone(&self.gateway), self.limits.clone(), self.drain.clone());
-        let peer = gateway.peer(ip);
+        let setting = Setting {
+            gateway: Arc::clone(&self.gateway),
+            peer: self.gateway.peer(ip),
+            limits: self.limits.clone(),
+            drain: self.drain.clone(),
+        };
         self.connections.spawn(async move {
             let _place = place;
-            connection::serve(stream, gateway, peer, limits, drain).await;
+            match tls {
+                Some(tls) => connection::serve_tls(stream, &tls, setting).await,
+                None => connection::serve(stream, None, setting).await,
+            }
         });
     }
 

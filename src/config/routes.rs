@@ -165,7 +165,7 @@ fn part(value: &Value) -> Result<Part, String> {
             "authorization" => Some(Part::Authorization),
             "host" => Some(Part::Host),
             "path" => Some(Part::Path),
-            "client-cert" => return Err("\"client-cert\" needs TLS, which is not built yet in this version".to_owned()),
+            "client-cert" => Some(Part::ClientCert),
             _ => None,
         },
         Some((_, "")) => None,
@@ -182,15 +182,23 @@ fn part(value: &Value) -> Result<Part, String> {
         Some(_) => None,
     };
     part.ok_or_else(|| {
-        format!("{text:?} is no part of a scope; there are authorization, cookie:NAME, header:NAME, host, path and path:NAME")
+        format!("{text:?} is no part of a scope; there are authorization, client-cert, cookie:NAME, header:NAME, host, path and path:NAME")
     })
+}
+
+/// What `[server]` does not have, and did not mean to have: neither written nor miswritten.
+#[derive(Clone, Copy)]
+pub(super) struct Absent {
+    pub(super) trusted_proxies: bool,
+    /// Certificates that clients must show.
+    pub(super) client_certs: bool,
 }
 
 /// All routes, in order.
 pub(super) fn resolve(
     routes: Option<Node>,
     idempotency: Option<Node>,
-    no_trusted_proxies: bool,
+    absent: Absent,
     errors: &mut Errors,
 ) -> Vec<RouteOptions> {
     let mut section = Section::new("idempotency", idempotency, errors);
@@ -211,7 +219,7 @@ pub(super) fn resolve(
     for (n, node) in nodes.into_iter().enumerate() {
         let at = node.at.clone();
         let name = format!("routes[{n}]");
-        let Some(route) = route(&name, node, &general, no_trusted_proxies, errors) else { continue };
+        let Some(route) = route(&name, node, &general, absent, errors) else { continue };
         let same = |other: &&RouteOptions| same_paths(other, &route);
         if let Some(other) = resolved.iter().find(same) {
             let message = format!("{} matches the same paths as {}", route.pattern.as_str(), other.pattern.as_str());
@@ -236,13 +244,7 @@ fn same_paths(one: &RouteOptions, other: &RouteOptions) -> bool {
     one.pattern.shape(fold) == other.pattern.shape(fold)
 }
 
-fn route(
-    name: &str,
-    node: Node,
-    general: &Written,
-    no_trusted_proxies: bool,
-    errors: &mut Errors,
-) -> Option<RouteOptions> {
+fn route(name: &str, node: Node, general: &Written, absent: Absent, errors: &mut Errors) -> Option<RouteOptions> {
     let at = node.at.clone();
     let mut section = Section::new(name, Some(node), errors);
     let has_path = section.at("path") != At::Nowhere || at == At::Nowhere;
@@ -296,7 +298,7 @@ fn route(
         trusted_headers: merged.get(|w| &w.trusted_headers).unwrap_or_default(),
         replay_auth: merged.get(|w| &w.replay_auth).unwrap_or(ReplayAuth::Scope),
     };
-    contradictions(&options, &merged, no_trusted_proxies, broken, errors);
+    contradictions(&options, &merged, absent, broken, errors);
     (!broken).then_some(options)
 }
 
@@ -345,13 +347,7 @@ impl Merged<'_> {
 }
 
 /// Settings that cannot stand together.
-fn contradictions(
-    route: &RouteOptions,
-    merged: &Merged<'_>,
-    no_trusted_proxies: bool,
-    no_pattern: bool,
-    errors: &mut Errors,
-) {
+fn contradictions(route: &RouteOptions, merged: &Merged<'_>, absent: Absent, no_pattern: bool, errors: &mut Errors) {
     let mut add = |(at, table): (At, &str), key: &str, message: &str| {
         errors.add(&at, &format!("{table}.{key}"), message);
     };
@@ -375,7 +371,12 @@ fn contradictions(
             add(scope_at(), "scope", &message);
         }
     }
-    if !route.trusted_headers.is_empty() && no_trusted_proxies {
+    if absent.client_certs && route.scope.contains(&Part::ClientCert) {
+        let message = "has \"client-cert\", which needs server.tls.client_ca and an address that is no Unix socket: \
+                       without them no client shows a certificate";
+        add(scope_at(), "scope", message);
+    }
+    if !route.trusted_headers.is_empty() && absent.trusted_proxies {
         let message = "needs server.trusted_proxies: from anyone else these headers are refused";
         add(merged.place(|w| &w.trusted_headers), "trusted_headers", message);
     }

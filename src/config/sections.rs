@@ -2,10 +2,10 @@
 
 use super::Config;
 use super::reader::{At, Errors, Node, Section, Value, boolean, choice, count, duration, size, string};
-use super::routes;
+use super::routes::{self, Absent};
 use crate::gateway::upstream::{Endpoint, HostPolicy};
 use crate::gateway::{self, upstream};
-use crate::server::{Address, Limits};
+use crate::server::{Address, Limits, tls};
 use crate::store::embedded::Durability;
 use crate::{admin, ledger, server, store};
 use http::HeaderValue;
@@ -47,7 +47,7 @@ pub(super) fn resolve(root: Node, errors: &mut Errors) -> Option<Config> {
 
     let (server, client) = server_section(server_node, errors);
     let upstream = upstream_section(upstream_node, errors);
-    let routes = routes::resolve(routes_node, idempotency_node, client.no_trusted_proxies, errors);
+    let routes = routes::resolve(routes_node, idempotency_node, client.absent, errors);
     let ledger = cache_section(cache_node, errors);
     let store = store_section(store_node, errors);
     let (admin, admin_at) = admin_section(admin_node, errors);
@@ -98,8 +98,7 @@ fn overlap(one: &Address, other: &Address) -> bool {
 struct Client {
     listen_at: At,
     trusted_proxies: Vec<IpNet>,
-    /// None was meant, that is: neither written nor miswritten.
-    no_trusted_proxies: bool,
+    absent: Absent,
     max_body: usize,
     max_buffered: usize,
     body_timeout: Duration,
@@ -119,7 +118,12 @@ fn server_section(node: Option<Node>, errors: &mut Errors) -> (server::Options, 
     let before = section.errors.count();
     let trusted_proxies = section.read_list("trusted_proxies", network).unwrap_or_default();
     let no_trusted_proxies = trusted_proxies.is_empty() && section.errors.count() == before;
-    section.not_built("tls");
+    let before = section.errors.count();
+    let tls_node = section.take("tls");
+    let tls = tls_node.and_then(|node| tls_section(node, section.errors));
+    let has_certs = tls.as_ref().is_some_and(|tls| tls.client_ca.is_some())
+        && listen.iter().any(|address| matches!(address, Address::Tcp(_)));
+    let no_client_certs = !has_certs && section.errors.count() == before;
     section.not_built("cors");
     let limits_node = section.take("limits");
     section.finish();
@@ -149,12 +153,42 @@ fn server_section(node: Option<Node>, errors: &mut Errors) -> (server::Options, 
     let client = Client {
         listen_at,
         trusted_proxies,
-        no_trusted_proxies,
+        absent: Absent { trusted_proxies: no_trusted_proxies, client_certs: no_client_certs },
         max_body: to_usize(max_body),
         max_buffered: to_usize(max_buffered),
         body_timeout,
     };
-    (server::Options { listen, workers, drain_delay, drain_timeout, limits }, client)
+    (server::Options { listen, workers, drain_delay, drain_timeout, limits, tls }, client)
+}
+
+/// Reads the files, too: what is wrong with them is wrong with the configuration.
+fn tls_section(node: Node, errors: &mut Errors) -> Option<tls::Options> {
+    let at = node.at.clone();
+    let mut section = Section::new("server.tls", Some(node), errors);
+    let before = section.errors.count();
+    let key_at = ["cert", "key", "client_ca"].map(|key| (key, section.at(key)));
+    let (cert, key) = (section.read("cert", file), section.read("key", file));
+    let client_ca = section.read("client_ca", file);
+    for (name, written) in key_at.iter().take(2) {
+        if *written == At::Nowhere {
+            section.add(&at, name, "is missing; write the path of a PEM file");
+        }
+    }
+    let sound = section.errors.count() == before;
+    let options = tls::Options { cert: cert?, key: key?, client_ca };
+    if sound && let Err(error) = options.load() {
+        let place = key_at.iter().find(|(key, _)| *key == error.key).map_or(&at, |(_, at)| at);
+        section.add(place, error.key, &error.to_string());
+    }
+    section.finish();
+    Some(options)
+}
+
+fn file(value: &Value) -> Result<PathBuf, String> {
+    match string(value)?.as_str() {
+        "" => Err("must not be empty".to_owned()),
+        path => Ok(PathBuf::from(path)),
+    }
 }
 
 /// `host:port` or `unix:/path`.
@@ -308,10 +342,7 @@ fn store_section(node: Option<Node>, errors: &mut Errors) -> store::Options {
         Engine::NotBuilt => Err("this engine is not built yet in this version; use \"sled\" or \"memory\"".to_owned()),
         engine => Ok(engine),
     });
-    let path = section.read("path", |value| match string(value)?.as_str() {
-        "" => Err("must not be empty".to_owned()),
-        path => Ok(PathBuf::from(path)),
-    });
+    let path = section.read("path", file);
     let create = section.read("create", boolean).unwrap_or(true);
     let min_free_bytes = section.read("min_free", size(0)).unwrap_or(64 * MIB);
     let durabilities = [("strict", Durability::Strict), ("relaxed", Durability::Relaxed)];

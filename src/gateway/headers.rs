@@ -3,7 +3,7 @@
 use super::Peer;
 use super::problem::{Code, Problem};
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, EXPECT, HOST, HeaderName, HeaderValue, TE, TRANSFER_ENCODING, UPGRADE, VIA,
+    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderName, HeaderValue, TE, TRANSFER_ENCODING, UPGRADE, VIA,
 };
 use http::uri::{Authority, PathAndQuery};
 use http::{HeaderMap, Method, Request, Uri, Version};
@@ -104,6 +104,9 @@ pub fn check<B>(request: &mut Request<B>, default_host: &HeaderValue) -> Result<
     if host.is_none() && request.version() == Version::HTTP_11 {
         return Err(bad("An HTTP/1.1 request needs a Host line."));
     }
+    if request.version() == Version::HTTP_2 {
+        check_http2(request, host.is_some())?;
+    }
     if let Some(authority) = request.uri().authority().cloned() {
         if !matches!(request.uri().scheme_str(), Some("http" | "https")) || authority.as_str().contains('@') {
             return Err(bad("An absolute target must be http or https, without user information."));
@@ -119,6 +122,26 @@ pub fn check<B>(request: &mut Request<B>, default_host: &HeaderValue) -> Result<
     } else if host.is_none() {
         request.headers_mut().insert(HOST, default_host.clone());
     }
+    // RFC 9112 §3.2, RFC 9113 §8.3.1. Where a slash is missing, the library would write it after the route was looked for.
+    let path = request.uri().path();
+    if !(path.starts_with('/') || path == "*" && request.method() == Method::OPTIONS) {
+        return Err(bad("The target must begin with a slash."));
+    }
+    Ok(())
+}
+
+/// What HTTP/2 leaves to whoever hands the request on in HTTP/1.1.
+fn check_http2<B>(request: &mut Request<B>, has_host: bool) -> Result<(), Problem> {
+    let bad = |detail: &'static str| Problem::new(Code::BadRequest, detail);
+    if !has_host && request.uri().authority().is_none() {
+        return Err(bad("The request needs an :authority or a Host."));
+    }
+    // RFC 9113 §8.2.3.
+    let lines = request.headers().get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect::<Vec<_>>();
+    if lines.len() > 1 {
+        let joined = HeaderValue::try_from(lines.join(b"; ".as_slice()));
+        request.headers_mut().insert(COOKIE, joined.map_err(|_| bad("The cookies are malformed."))?);
+    }
     Ok(())
 }
 
@@ -127,7 +150,12 @@ pub fn prepare_request(headers: &mut HeaderMap, version: Version, peer: &Peer) {
     strip_hop_by_hop(headers);
     // Answered here: the body is asked for once the request has been accepted.
     headers.remove(EXPECT);
-    let via = if version < Version::HTTP_11 { "1.0 oncegate" } else { "1.1 oncegate" };
+    // The protocol that it was received in (RFC 9110 §7.6.3).
+    let via = match version {
+        Version::HTTP_2 => "2 oncegate",
+        version if version < Version::HTTP_11 => "1.0 oncegate",
+        _ => "1.1 oncegate",
+    };
     headers.append(VIA, HeaderValue::from_static(via));
     if let Some(ip) = peer.ip {
         let ip = ip.to_canonical().to_string();
@@ -142,7 +170,7 @@ pub fn prepare_request(headers: &mut HeaderMap, version: Version, peer: &Peer) {
         }
     }
     if !(peer.trusted && headers.contains_key(&X_FORWARDED_PROTO)) {
-        headers.insert(&X_FORWARDED_PROTO, HeaderValue::from_static("http"));
+        headers.insert(&X_FORWARDED_PROTO, HeaderValue::from_static(if peer.https { "https" } else { "http" }));
     }
     if !(peer.trusted && headers.contains_key(&X_FORWARDED_HOST))
         && let Some(host) = headers.get(HOST).cloned()
@@ -229,13 +257,32 @@ mod tests {
         let fields = [("host", "api"), ("x-forwarded-for", "1.1.1.1"), ("x-forwarded-proto", "https")];
         for (trusted, proto) in [(true, "https"), (false, "http")] {
             let mut headers = map(&fields);
-            let peer = Peer { ip: Some("::ffff:10.0.0.1".parse().unwrap()), trusted };
+            let peer = Peer { ip: Some("::ffff:10.0.0.1".parse().unwrap()), trusted, https: false, client_cert: None };
             prepare_request(&mut headers, Version::HTTP_11, &peer);
             assert_eq!(headers["x-forwarded-for"], "1.1.1.1, 10.0.0.1");
             assert_eq!(headers["x-forwarded-proto"], proto);
             assert_eq!(headers["x-forwarded-host"], "api");
             assert_eq!(headers["via"], "1.1 oncegate");
         }
+    }
+
+    #[test]
+    fn what_http2_leaves_open_is_settled() {
+        let request = |target: &str, fields: &[(&str, &str)]| {
+            let mut request = Request::builder().version(Version::HTTP_2).uri(target).body(()).unwrap();
+            *request.headers_mut() = map(fields);
+            check(&mut request, &HeaderValue::from_static("upstream")).map(|()| request)
+        };
+        let cookies = [("cookie", "a=1; b=2"), ("cookie", "c=3")];
+        let checked = request("https://api.example/posts?x", &cookies).unwrap();
+        assert_eq!(checked.uri(), "/posts?x");
+        assert_eq!(checked.headers()["host"], "api.example");
+        assert_eq!(checked.headers().get_all("cookie").iter().collect::<Vec<_>>(), ["a=1; b=2; c=3"]);
+        assert!(request("http://api.example/", &[("host", "API.example")]).is_ok());
+        assert!(request("http://api.example/", &[("host", "other.example")]).is_err());
+        assert!(request("/posts", &[("host", "api.example")]).is_ok());
+        assert!(request("/posts", &[]).is_err(), "the upstream's name is not for it to guess");
+        assert!(request("*", &[("host", "api.example")]).is_err());
     }
 
     #[test]

@@ -13,6 +13,8 @@ use http::{HeaderMap, HeaderName};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Part {
     Authorization,
+    /// Whom the client's certificate names.
+    ClientCert,
     Cookie(String),
     Header(HeaderName),
     Host,
@@ -25,6 +27,7 @@ impl std::fmt::Display for Part {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Authorization => f.write_str("authorization"),
+            Self::ClientCert => f.write_str("client-cert"),
             Self::Cookie(name) => write!(f, "cookie:{name}"),
             Self::Header(name) => write!(f, "header:{name}"),
             Self::Host => f.write_str("host"),
@@ -103,6 +106,12 @@ pub fn tenant(secret: &Secret, route: &RouteOptions, request: &Request<'_>) -> R
                 }
                 feed(&mut hasher, kind.as_bytes(), value);
             }
+            Part::ClientCert => {
+                let holder = request.peer.client_cert.as_ref();
+                bound = true;
+                present |= holder.is_some();
+                feed(&mut hasher, kind.as_bytes(), holder.map(|holder| holder.as_bytes().as_slice()));
+            }
             Part::Host => {
                 let host = request.headers.get(HOST).map(|host| host.as_bytes().to_ascii_lowercase());
                 feed(&mut hasher, kind.as_bytes(), host.as_deref());
@@ -121,14 +130,14 @@ pub fn tenant(secret: &Secret, route: &RouteOptions, request: &Request<'_>) -> R
     if bound && !present {
         check_anonymous(route, request.headers)?;
     }
-    Ok((Tenant(hasher), credentials(secret, route, request.headers)))
+    Ok((Tenant(hasher), credentials(secret, route, request)))
 }
 
 /// Whether a part is bound to something that only its owner can send.
 #[must_use]
 pub fn is_credential(part: &Part, route: &RouteOptions) -> bool {
     match part {
-        Part::Authorization | Part::Cookie(_) => true,
+        Part::Authorization | Part::ClientCert | Part::Cookie(_) => true,
         Part::Header(name) => route.credential_headers.contains(name) || route.trusted_headers.contains(name),
         Part::Host | Part::Path | Part::PathParam(_) => false,
     }
@@ -218,13 +227,16 @@ fn missing(detail: String) -> Problem {
 }
 
 /// A digest of everything that may tell the caller apart.
-fn credentials(secret: &Secret, route: &RouteOptions, headers: &HeaderMap) -> Credentials {
+fn credentials(secret: &Secret, route: &RouteOptions, request: &Request<'_>) -> Credentials {
     let mut hasher = blake3::Hasher::new_keyed(&secret.0);
     let names = [&AUTHORIZATION, &COOKIE].into_iter().chain(&route.credential_headers).chain(&route.trusted_headers);
     for name in names {
-        for value in headers.get_all(name) {
+        for value in request.headers.get_all(name) {
             feed(&mut hasher, name.as_str().as_bytes(), Some(value.as_bytes()));
         }
+    }
+    if let Some(holder) = &request.peer.client_cert {
+        feed(&mut hasher, b"client-cert", Some(holder.as_bytes()));
     }
     Credentials(*hasher.finalize().as_bytes())
 }
@@ -254,7 +266,7 @@ mod tests {
     fn tell(route: &RouteOptions, asked: &Asked) -> Result<(RecordId, Credentials), Problem> {
         let path = NormalPath::new(asked.path.as_bytes());
         let params = super::super::path::matches(&route.pattern, true, &path).unwrap_or_default();
-        let peer = Peer { ip: None, trusted: asked.trusted };
+        let peer = Peer { ip: None, trusted: asked.trusted, https: false, client_cert: None };
         let request = Request { headers: &asked.headers, path: &path, params: &params, peer: &peer };
         tenant(&SECRET, route, &request).map(|(tenant, credentials)| (tenant.record_id(b"key"), credentials))
     }

@@ -128,6 +128,18 @@ fn a_drain_finishes_what_is_in_flight_and_answers_open_connections_politely() {
 }
 
 #[test]
+fn connections_that_have_sent_nothing_do_not_hold_up_the_drain() {
+    let upstream = Upstream::counting();
+    let mut gateway = Gateway::start(&upstream, "server.drain_timeout = \"1h\"");
+    let _silent = [(); 2].map(|()| Client::connect(gateway.addr));
+    let mut begun = Client::connect(gateway.addr);
+    begun.send("PRI * HT");
+    eventually("they are accepted", || (gateway.metric("oncegate_connections") == 3.0).then_some(()));
+    gateway.terminate();
+    assert_eq!(gateway.wait(), Some(0));
+}
+
+#[test]
 fn drain_delay_keeps_the_listeners_open_and_nothing_open_ends_the_drain_at_once() {
     let upstream = Upstream::counting();
     let mut gateway = Gateway::start(&upstream, "server.drain_delay = \"500ms\"\nserver.drain_timeout = \"1h\"");

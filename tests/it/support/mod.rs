@@ -4,10 +4,13 @@
 
 pub mod client;
 pub mod gateway;
+pub mod h2;
+pub mod tls;
 pub mod upstream;
 
 pub use client::{Client, Response, call, post, request};
 pub use gateway::Gateway;
+pub use h2::{H2, RawH2, h2_post, h2_request};
 pub use upstream::{Gate, Received, Reply, Upstream};
 
 use std::net::TcpStream;

@@ -1,0 +1,282 @@
+//! A client connection's bytes under their time limits, whatever the protocol.
+
+use super::Limits;
+use super::frames::{Frames, PREFACE};
+use crate::gateway::problem::{Code, Problem};
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::task::{Context, Poll, ready};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep, sleep};
+
+/// Between requests.
+const IDLE: u8 = 0;
+/// The first byte of a head has arrived, its end has not.
+const HEAD: u8 = 1;
+/// A request is being served; its body and its response have limits of their own.
+const BUSY: u8 = 2;
+
+/// How far an HTTP/1 connection is.
+pub(super) struct Phase(AtomicU8);
+
+/// Marks its connection as busy with a request until the response's last byte is on its way.
+pub(super) struct Busy(Arc<Phase>);
+
+impl Busy {
+    pub(super) fn new(phase: Arc<Phase>) -> Self {
+        phase.0.store(BUSY, Ordering::Release);
+        Self(phase)
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.0.store(IDLE, Ordering::Release);
+    }
+}
+
+/// A stream that ends when its peer is too slow: silent for `idle_timeout` between requests, longer than
+/// `header_timeout` from the first byte of a head to its end, or not reading for `write_timeout`.
+pub(super) struct TimedIo<S> {
+    stream: S,
+    phase: Arc<Phase>,
+    limits: Limits,
+    /// Follows the frames, once the connection turned out to be HTTP/2.
+    frames: Option<Frames>,
+    /// What has been read to tell the protocol by, and how much of it has been taken.
+    prefix: ([u8; PREFACE.len()], usize, usize),
+    /// Runs while a read is pending; with what it was set for.
+    reading: Option<(Awaited, Pin<Box<Sleep>>)>,
+    /// Runs while a write is pending.
+    writing: Option<Pin<Box<Sleep>>>,
+    /// What is being said in the place of the HTTP library's refusal, and how much of it has been written.
+    refusal: Option<(Vec<u8>, usize)>,
+}
+
+/// What a read waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Awaited {
+    FirstByte,
+    /// With its number, where a connection may be in another one by the next look.
+    RestOfHead(u64),
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> TimedIo<S> {
+    pub(super) fn new(stream: S, limits: Limits) -> Self {
+        Self {
+            stream,
+            phase: Arc::new(Phase(AtomicU8::new(IDLE))),
+            limits,
+            frames: None,
+            prefix: ([0; PREFACE.len()], 0, 0),
+            reading: None,
+            writing: None,
+            refusal: None,
+        }
+    }
+
+    pub(super) fn phase(&self) -> Arc<Phase> {
+        Arc::clone(&self.phase)
+    }
+
+    /// Reads as far as it takes to tell whether the client begins with HTTP/2's preface. What was read is read again.
+    ///
+    /// # Errors
+    /// The connection's; it was silent for too long, say.
+    pub(super) async fn begins_with_preface(&mut self) -> io::Result<bool> {
+        let mut read = [0; PREFACE.len()];
+        let mut len = 0;
+        while let Some(free) = read.get_mut(len..).filter(|free| !free.is_empty()) {
+            let more = self.read(free).await?;
+            len += more;
+            if more == 0 || read.get(..len) != PREFACE.get(..len) {
+                break;
+            }
+        }
+        self.prefix = (read, len, 0);
+        Ok(len == PREFACE.len() && read == *PREFACE)
+    }
+
+    /// From now on the limits are HTTP/2's: a head is what the frames say, and a connection without requests is the
+    /// caller's to end, in order.
+    pub(super) fn follow_frames(&mut self) {
+        self.frames = Some(Frames::new(Instant::now()));
+    }
+
+    /// What a pending read waits for, and how long it may; `None`: for ever.
+    fn awaited(&self) -> Option<(Awaited, std::time::Duration)> {
+        if let Some(frames) = &self.frames {
+            return frames.open_head().map(|number| (Awaited::RestOfHead(number), self.limits.header_timeout));
+        }
+        match self.phase.0.load(Ordering::Acquire) {
+            IDLE => Some((Awaited::FirstByte, self.limits.idle_timeout)),
+            HEAD => Some((Awaited::RestOfHead(0), self.limits.header_timeout)),
+            _ => None,
+        }
+    }
+
+    /// Whether what is being written may be a refusal of the HTTP library's own.
+    fn may_refuse(&self) -> bool {
+        self.frames.is_none() && self.phase.0.load(Ordering::Acquire) != BUSY
+    }
+
+    fn poll_read_raw(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let (prefix, len, taken) = &mut self.prefix;
+        if let Some(rest) = prefix.get(*taken..*len).filter(|rest| !rest.is_empty()) {
+            let rest = rest.get(..buf.remaining()).unwrap_or(rest);
+            buf.put_slice(rest);
+            *taken += rest.len();
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+/// The problem in whose place `written` is a refusal of the HTTP library's own: it knows no bodies. Such an answer bears
+/// nothing but a length of zero, `Connection: close` and the date.
+fn library_refusal(written: &[u8]) -> Option<Problem> {
+    let head = std::str::from_utf8(written).ok()?.strip_prefix("HTTP/1.1 ")?.strip_suffix("\r\n\r\n")?;
+    let mut lines = head.split("\r\n");
+    let status = lines.next()?.get(..3)?;
+    let (mut empty, mut closes) = (false, false);
+    for line in lines {
+        match line.split_once(": ")? {
+            ("content-length", "0") => empty = true,
+            ("connection", "close") => closes = true,
+            ("date", _) => {}
+            _ => return None,
+        }
+    }
+    let problem = match status {
+        "400" => Problem::new(Code::BadRequest, "The request is not well-formed HTTP/1.1; nothing was sent on."),
+        "414" => Problem::new(Code::TargetTooLong, "The request's target is too long; shorten it."),
+        "431" => Problem::new(Code::HeadersTooLarge, "The request's header fields are too large; send less."),
+        _ => return None,
+    };
+    (empty && closes).then_some(problem)
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for TimedIo<S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let before = buf.filled().len();
+        let polled = this.poll_read_raw(cx, buf);
+        if polled.is_ready() {
+            if let Some(frames) = &mut this.frames {
+                let read = buf.filled().get(before..).unwrap_or_default();
+                if frames.feed(read, Instant::now()).is_err() {
+                    return Poll::Ready(Err(io::Error::other("a flood of HTTP/2 frames that ask for nothing")));
+                }
+            } else {
+                let first_byte = this.phase.0.compare_exchange(IDLE, HEAD, Ordering::AcqRel, Ordering::Acquire);
+                if first_byte.is_ok() {
+                    this.reading = None;
+                }
+            }
+            return polled;
+        }
+        let Some((awaited, limit)) = this.awaited() else {
+            this.reading = None;
+            return Poll::Pending;
+        };
+        if this.reading.as_ref().is_none_or(|(set_for, _)| *set_for != awaited) {
+            this.reading = Some((awaited, Box::pin(sleep(limit))));
+        }
+        if let Some((_, timer)) = &mut this.reading {
+            ready!(timer.as_mut().poll(cx));
+        }
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> TimedIo<S> {
+    fn timed<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        poll: impl FnOnce(Pin<&mut S>, &mut Context<'_>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        let polled = poll(Pin::new(&mut self.stream), cx);
+        if polled.is_ready() {
+            self.writing = None;
+            return polled;
+        }
+        let limit = self.limits.write_timeout;
+        ready!(self.writing.get_or_insert_with(|| Box::pin(sleep(limit))).as_mut().poll(cx));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TimedIo<S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        if this.refusal.is_none() && this.may_refuse() {
+            this.refusal = library_refusal(buf).map(|problem| (problem.to_http11(), 0));
+        }
+        let Some((text, mut written)) = this.refusal.take() else {
+            return this.timed(cx, |stream, cx| stream.poll_write(cx, buf));
+        };
+        while let Some(rest) = text.get(written..).filter(|rest| !rest.is_empty()) {
+            match this.timed(cx, |stream, cx| stream.poll_write(cx, rest)) {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Ok(more)) => written += more,
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => {
+                    this.refusal = Some((text, written));
+                    return Poll::Pending;
+                }
+            }
+        }
+        Poll::Ready(Ok(buf.len()))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        // The library's own refusals are written in one piece.
+        if self.refusal.is_some() || bufs.len() == 1 && self.may_refuse() {
+            return self.poll_write(cx, bufs.first().map_or(&[], |buf| buf));
+        }
+        self.get_mut().timed(cx, |stream, cx| stream.poll_write_vectored(cx, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.get_mut().timed(cx, |stream, cx| stream.poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.get_mut().timed(cx, |stream, cx| stream.poll_shutdown(cx))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_librarys_own_refusals_are_given_a_body() {
+        let code = |text: &str| library_refusal(text.as_bytes()).map(|problem| problem.code);
+        let plain = "content-length: 0\r\nconnection: close\r\ndate: Tue, 24 Nov 2026 13:55:34 GMT\r\n\r\n";
+        let own = "HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+        assert_eq!(code(own), Some(Code::HeadersTooLarge));
+        assert_eq!(code(&format!("HTTP/1.1 414 URI Too Long\r\n{plain}")), Some(Code::TargetTooLong));
+        assert_eq!(code(&format!("HTTP/1.1 400 Bad Request\r\n{plain}")), Some(Code::BadRequest));
+        for other in [
+            format!("HTTP/1.1 404 Not Found\r\n{plain}"),
+            format!("HTTP/1.1 400 Bad Request\r\nx-from: upstream\r\n{plain}"),
+            "HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n".to_owned(),
+            "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}".to_owned(),
+            "\r\n".to_owned(),
+            String::new(),
+        ] {
+            assert_eq!(code(&other), None, "{other}");
+        }
+    }
+}
