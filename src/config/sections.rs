@@ -4,7 +4,7 @@ use super::Config;
 use super::reader::{At, Errors, Node, Section, Value, boolean, choice, count, duration, size, string};
 use super::routes;
 use crate::gateway::upstream::{Endpoint, HostPolicy};
-use crate::gateway::{self, upstream};
+use crate::gateway::{self, tunnel, upstream};
 use crate::server::{Address, Limits};
 use crate::store::embedded::Durability;
 use crate::{admin, ledger, server, store};
@@ -53,8 +53,10 @@ pub(super) fn resolve(root: Node, errors: &mut Errors) -> Option<Config> {
     let (admin, admin_at) = admin_section(admin_node, errors);
     contradictions((&server.listen, &client.listen_at), (&admin.listen, &admin_at), errors);
     let Client { trusted_proxies, max_body, max_buffered, body_timeout, .. } = client;
-    let gateway =
-        gateway::Options { routes, trusted_proxies, max_body, max_buffered, body_timeout, upstream: upstream? };
+    let limits = &server.limits;
+    let tunnels = tunnel::Limits { write_timeout: limits.write_timeout, half_closed_timeout: limits.idle_timeout };
+    let upstream = upstream?;
+    let gateway = gateway::Options { routes, trusted_proxies, max_body, max_buffered, body_timeout, tunnels, upstream };
     Some(Config { server, gateway, ledger, store, admin })
 }
 

@@ -1,12 +1,12 @@
 //! One client connection: its time limits, its place in the drain.
 
-use super::Limits;
+use super::{Limits, Place};
 use crate::gateway::problem::{Code, Problem};
 use crate::gateway::reply::{BodyError, ReplyBody};
 use crate::gateway::{Gateway, Peer};
 use bytes::Bytes;
-use http::HeaderValue;
 use http::header::CONNECTION;
+use http::{HeaderValue, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -26,13 +26,20 @@ use tokio_util::sync::CancellationToken;
 const DRAIN_LINGER: Duration = Duration::from_secs(5);
 
 /// Serves a connection until it ends.
-pub(super) async fn serve<S>(stream: S, gateway: Arc<Gateway>, peer: Peer, limits: Limits, drain: CancellationToken)
-where
+pub(super) async fn serve<S>(
+    stream: S,
+    place: Place,
+    gateway: Arc<Gateway>,
+    peer: Peer,
+    limits: Limits,
+    drain: CancellationToken,
+) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let phase = Arc::new(Phase(AtomicU8::new(IDLE)));
     let io = TimedIo {
         stream,
+        _place: place,
         phase: Arc::clone(&phase),
         limits: limits.clone(),
         reading: None,
@@ -45,7 +52,9 @@ where
         let (gateway, peer, drain) = (Arc::clone(&gateway), Arc::clone(&peer), drain.clone());
         async move {
             let mut response = gateway.handle(request, &peer).await;
-            if drain.is_cancelled() {
+            if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                busy.switch();
+            } else if drain.is_cancelled() {
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
             Ok::<_, Infallible>(response.map(|body| ServedBody { body, _busy: busy }))
@@ -55,7 +64,8 @@ where
         .half_close(true)
         .max_header_size(limits.max_header_bytes)
         .max_buf_size(limits.max_header_bytes.saturating_add(READ_AHEAD_BYTES))
-        .serve_connection(TokioIo::new(io), service);
+        .serve_connection(TokioIo::new(io), service)
+        .with_upgrades();
     tokio::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
@@ -84,6 +94,8 @@ const IDLE: u8 = 0;
 const HEAD: u8 = 1;
 /// A request is being served; its body and its response have limits of their own.
 const BUSY: u8 = 2;
+/// A tunnel, which may be silent for as long as it likes.
+const TUNNEL: u8 = 3;
 
 struct Phase(AtomicU8);
 
@@ -95,11 +107,16 @@ impl Busy {
         phase.0.store(BUSY, Ordering::Release);
         Self(phase)
     }
+
+    /// The response switches to another protocol: HTTP ends here.
+    fn switch(&self) {
+        self.0.0.store(TUNNEL, Ordering::Release);
+    }
 }
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        self.0.0.store(IDLE, Ordering::Release);
+        let _ = self.0.0.compare_exchange(BUSY, IDLE, Ordering::AcqRel, Ordering::Acquire);
     }
 }
 
@@ -129,6 +146,7 @@ impl Body for ServedBody {
 /// `header_timeout` from the first byte of a head to its end, or not reading for `write_timeout`.
 struct TimedIo<S> {
     stream: S,
+    _place: Place,
     phase: Arc<Phase>,
     limits: Limits,
     /// Runs while a read is pending; with the phase that it was set for.
@@ -213,7 +231,7 @@ impl<S: AsyncWrite + Unpin> TimedIo<S> {
 impl<S: AsyncWrite + Unpin> AsyncWrite for TimedIo<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        if this.refusal.is_none() && this.phase.0.load(Ordering::Acquire) != BUSY {
+        if this.refusal.is_none() && this.phase.0.load(Ordering::Acquire) < BUSY {
             this.refusal = library_refusal(buf).map(|problem| (problem.to_http11(), 0));
         }
         let Some((text, mut written)) = this.refusal.take() else {
@@ -239,7 +257,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for TimedIo<S> {
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         // The library's own refusals are written in one piece.
-        if self.refusal.is_some() || self.phase.0.load(Ordering::Acquire) != BUSY && bufs.len() == 1 {
+        if self.refusal.is_some() || self.phase.0.load(Ordering::Acquire) < BUSY && bufs.len() == 1 {
             return self.poll_write(cx, bufs.first().map_or(&[], |buf| buf));
         }
         self.get_mut().timed(cx, |stream, cx| stream.poll_write_vectored(cx, bufs))

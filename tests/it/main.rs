@@ -28,4 +28,6 @@ mod replay_fields;
 mod routes;
 mod scope;
 mod support;
+mod tunnel;
+mod upgrade;
 mod waiting;
