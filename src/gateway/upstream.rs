@@ -1,6 +1,7 @@
 //! The way to the upstream: connecting, a pool of idle connections, and sending a request at most once.
 
 mod connect;
+pub mod tls;
 
 use super::body::ForwardBody;
 use super::headers::keep_alive_seconds;
@@ -41,6 +42,8 @@ pub enum HostPolicy {
 #[derive(Clone, Debug)]
 pub struct Options {
     pub endpoint: Endpoint,
+    /// `None`: in clear.
+    pub tls: Option<Arc<tls::Connector>>,
     /// Host header for requests that bring none: the authority of `upstream.url`, `localhost` for a Unix socket.
     pub authority: HeaderValue,
     pub connect_timeout: Duration,
@@ -91,6 +94,14 @@ impl Upstream {
     #[must_use]
     pub fn options(&self) -> &Options {
         &self.options
+    }
+
+    /// Reads the files of `[upstream.tls]` again, for connections to come.
+    ///
+    /// # Errors
+    /// All files that cannot be used; then everything stays as it was.
+    pub fn reload_tls(&self) -> Result<(), Vec<tls::FileError>> {
+        self.options.tls.as_ref().map_or(Ok(()), |tls| tls.reload())
     }
 
     #[must_use]

@@ -40,7 +40,7 @@ impl Link {
     }
 }
 
-/// Connects within `connect_timeout`: name resolution and all addresses together.
+/// Connects within `connect_timeout`: name resolution, all addresses and TLS together.
 ///
 /// # Errors
 /// [`SendError::Unreachable`].
@@ -49,7 +49,10 @@ pub(super) async fn connect(options: &Options) -> Result<Link, SendError> {
     match &options.endpoint {
         Endpoint::Tcp { host, port } => {
             let stream = connect_tcp(host, *port, deadline).await.map_err(unreachable)?;
-            handshake(stream).await
+            match &options.tls {
+                Some(tls) => handshake(tls.connect(stream, deadline).await?).await,
+                None => handshake(stream).await,
+            }
         }
         Endpoint::Unix(path) => {
             let stream = timeout_at(deadline, UnixStream::connect(path)).await.unwrap_or_else(|_| Err(timed_out()));

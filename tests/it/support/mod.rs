@@ -4,6 +4,7 @@
 
 pub mod client;
 pub mod gateway;
+pub mod tls;
 pub mod upstream;
 
 pub use client::{Client, Response, call, post, request};
