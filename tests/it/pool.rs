@@ -143,6 +143,25 @@ fn bad_responses() -> Vec<(&'static str, u16, String)> {
     ]
 }
 
+/// Reads exactly one response, which is the upstream's first or the gateway's own.
+#[track_caller]
+fn expect_once(client: &mut Client, method: &str, status: u16, bytes: &str) {
+    let head = client.read_head().to_ascii_lowercase();
+    assert!(head.starts_with(&format!("http/1.1 {status} ")), "{bytes:?}: {head}");
+    let chunked = "2\r\nok\r\n0\r\n\r\n";
+    let len = head.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
+    let body = match (method, status, len) {
+        ("HEAD", ..) | (_, 204 | 304, _) => Vec::new(),
+        (.., Some(len)) => client.read_exactly(len),
+        (.., None) => client.read_exactly(chunked.len()),
+    };
+    let body = String::from_utf8(body).unwrap();
+    match status {
+        502 => assert!(body.contains("\"upstream_broken\""), "{bytes:?}: {body}"),
+        _ => assert!(["", "ok", chunked].contains(&body.as_str()), "{bytes:?}: {body}"),
+    }
+}
+
 #[test]
 fn a_bad_response_never_becomes_part_of_the_next_one() {
     let bad = bad_responses();
@@ -157,30 +176,12 @@ fn a_bad_response_never_becomes_part_of_the_next_one() {
         for round in 0..3 {
             let mut client = Client::connect(gateway.addr);
             client.send(request(method, &format!("/bad/{n}"), &[], ""));
-            let kept = match (method, client.read_head(), status) {
-                ("HEAD", ..) => true,
-                (_, head, 0) => {
-                    assert!(head.starts_with("HTTP/1.1 200 "), "{bytes:?}: {head}");
-                    client.ends();
-                    false
-                }
-                (_, head, _) => {
-                    assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{bytes:?}: {head}");
-                    let lower = head.to_ascii_lowercase();
-                    let len = lower.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
-                    let body = match (status, len) {
-                        (204 | 304, _) => Vec::new(),
-                        (_, Some(len)) => client.read_exactly(len),
-                        (_, None) => client.read_exactly("2\r\nok\r\n0\r\n\r\n".len()),
-                    };
-                    let body = String::from_utf8_lossy(&body);
-                    match status {
-                        502 => assert!(body.contains("\"upstream_broken\""), "{bytes:?}: {body}"),
-                        _ => assert!(["", "ok", "2\r\nok\r\n0\r\n\r\n"].contains(&&*body), "{bytes:?}: {body}"),
-                    }
-                    true
-                }
-            };
+            let kept = status != 0;
+            if kept {
+                expect_once(&mut client, method, status, bytes);
+            } else {
+                assert_eq!(client.try_read(), None, "{bytes:?}: cut off");
+            }
             // On the same connection, where it goes on, and on a new one.
             for fresh in [!kept, true] {
                 if fresh {
@@ -193,10 +194,6 @@ fn a_bad_response_never_becomes_part_of_the_next_one() {
             }
         }
     }
-    // Nothing of it was taken for a request either, and keyed requests are as sound.
-    assert!(
-        upstream.requests().iter().all(|seen| seen.target.starts_with("/bad/") || seen.target.starts_with("/next/"))
-    );
 }
 
 #[test]
