@@ -6,6 +6,7 @@ mod routes;
 mod sections;
 #[cfg(test)]
 mod tests;
+mod upstream;
 
 use crate::{admin, gateway, ledger, server, store};
 use reader::{At, Errors, Node};

@@ -12,6 +12,7 @@ pub mod problem;
 pub mod reply;
 pub mod route;
 pub mod scope;
+pub mod tunnel;
 pub mod upstream;
 
 use crate::idempotency::fingerprint::Payload;
@@ -52,6 +53,7 @@ pub struct Options {
     /// Bytes of buffered bodies, all requests together.
     pub max_buffered: usize,
     pub body_timeout: Duration,
+    pub tunnels: tunnel::Limits,
     pub upstream: upstream::Options,
 }
 
@@ -129,6 +131,9 @@ pub struct Gateway {
     claims: TaskTracker,
     /// Cancelled when the drain's time is over.
     give_up: CancellationToken,
+    tunnels: TaskTracker,
+    /// Cancelled when tunnels have had their time.
+    close_tunnels: CancellationToken,
 }
 
 struct Route {
@@ -156,6 +161,8 @@ impl Gateway {
             in_flight: Arc::new(Semaphore::new(options.upstream.max_in_flight)),
             claims: TaskTracker::new(),
             give_up: CancellationToken::new(),
+            tunnels: TaskTracker::new(),
+            close_tunnels: CancellationToken::new(),
             options,
             metrics,
         })
@@ -184,6 +191,20 @@ impl Gateway {
     pub async fn settle_open_claims(&self) {
         self.give_up.cancel();
         self.claims_settled().await;
+    }
+
+    /// Waits until no tunnel is open.
+    pub async fn tunnels_ended(&self) {
+        self.tunnels.close();
+        self.tunnels.wait().await;
+    }
+
+    /// Ends every tunnel, those that open later included, and returns how many there were.
+    pub async fn close_tunnels(&self) -> usize {
+        let open = self.tunnels.len();
+        self.close_tunnels.cancel();
+        self.tunnels_ended().await;
+        open
     }
 
     /// How many claims are open.

@@ -9,10 +9,11 @@
 //! ```text
 //! server      accept, TLS, HTTP/1.1 or HTTP/2, time limits         server.rs, server/{tls,connection,http2,timed_io}.rs
 //! gateway     check → route → no: pass through, streaming          gateway.rs, gateway/{headers,path,route,pass}.rs
+//!                     Upgrade → 101: a tunnel                      gateway/tunnel.rs
 //!             key → scope → body (capped) → fingerprint            gateway/{key,scope,body}.rs, idempotency/fingerprint.rs
 //! ledger      hot cache? replay. In flight here? wait.             ledger.rs, ledger/{hot_cache,slots}.rs
 //!             claim in the store: durable before a byte is sent    store.rs, store/*
-//! gateway     forward in a task of its own, settle, reply          gateway/{forward,upstream,reply,problem}.rs
+//! gateway     forward in a task of its own, settle, reply          gateway/{forward,upstream,reply,problem}.rs, gateway/upstream/*
 //! ```
 //!
 //! # Code map
@@ -43,8 +44,8 @@
 //! 7. Every queue, body, wait and loop has a configured limit.
 //! 8. After a failed flush the store is failed for good: it acknowledges nothing more and never retries the flush.
 //! 9. Network input, configuration and stored bytes never cause a panic.
-//! 10. A pass-through allocates no body box and spawns no task per request (the HTTP library does, for an HTTP/2 stream);
-//!     its only lock is the pool's, held for a pop.
+//! 10. A pass-through allocates no body box and spawns no task per request, but for a tunnel (the HTTP library does, for
+//!     an HTTP/2 stream); its only lock is the pool's, held for a pop.
 
 pub mod admin;
 pub mod clock;

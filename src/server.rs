@@ -11,6 +11,7 @@ use crate::gateway::Gateway;
 use crate::gateway::problem::{Code, Problem};
 use crate::telemetry::Metrics;
 use connection::Setting;
+use socket2::{SockRef, TcpKeepalive};
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -140,12 +141,17 @@ pub(crate) type Stream = Either<TcpStream, UnixStream>;
 
 const BACKLOG: u32 = 1024;
 
+const KEEPALIVE: TcpKeepalive =
+    TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(15));
+
 async fn bind_tcp(name: &str) -> io::Result<TcpListener> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in tokio::net::lookup_host(name).await? {
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
         let bound = socket.and_then(|socket| {
             socket.set_reuseaddr(true)?;
+            // Accepted connections inherit it: tunnels may be silent for long, and must not outlive a peer that is gone.
+            SockRef::from(&socket).set_tcp_keepalive(&KEEPALIVE)?;
             socket.bind(address)?;
             socket.listen(BACKLOG)
         });
@@ -235,10 +241,9 @@ impl Server {
             drain: self.drain.clone(),
         };
         self.connections.spawn(async move {
-            let _place = place;
             match tls {
-                Some(tls) => connection::serve_tls(stream, &tls, setting).await,
-                None => connection::serve(stream, None, setting).await,
+                Some(tls) => connection::serve_tls(stream, &tls, place, setting).await,
+                None => connection::serve(stream, None, place, setting).await,
             }
         });
     }
@@ -254,9 +259,15 @@ impl Server {
         if tokio::time::timeout_at(deadline, self.connections.wait()).await.is_err() {
             tracing::warn!(connections = self.connections.len(), "drain_timeout is over with connections still open");
         }
+        // Their connections have left the tracker above.
+        let _ = tokio::time::timeout_at(deadline, self.gateway.tunnels_ended()).await;
         let late = self.gateway.claims_settled();
         if tokio::time::timeout_at(deadline, late).await.is_err() {
             tracing::warn!(claims = self.gateway.open_claims(), "drain_timeout is over with claims still open");
+        }
+        let tunnels = self.gateway.close_tunnels().await;
+        if tunnels > 0 {
+            tracing::warn!(tunnels, "drain_timeout is over with tunnels still open");
         }
         self.gateway.settle_open_claims().await;
         // Callers whose claims were just settled still get their answer.
@@ -264,7 +275,7 @@ impl Server {
     }
 }
 
-/// A connection's place among `max_connections`.
+/// A connection's place among `max_connections`. It belongs to the stream, which outlives its HTTP as a tunnel.
 struct Place(Arc<AtomicUsize>, Metrics);
 
 impl Place {

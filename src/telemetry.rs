@@ -110,6 +110,8 @@ pub struct Metrics {
     pub upstream_in_flight: Gauge,
     pub upstream_connections: Counter,
     pub upstream_reused: Counter,
+    pub upstream_retries: Counter,
+    pub tunnels: Gauge,
     pub connections: Gauge,
     pub connections_refused: Counter,
     pub buffered_bytes: Gauge,
@@ -138,6 +140,8 @@ impl Default for Metrics {
             upstream_in_flight: Gauge::default(),
             upstream_connections: Counter::default(),
             upstream_reused: Counter::default(),
+            upstream_retries: Counter::default(),
+            tunnels: Gauge::default(),
             connections: Gauge::default(),
             connections_refused: Counter::default(),
             buffered_bytes: Gauge::default(),
@@ -184,6 +188,12 @@ impl Metrics {
             self.upstream_connections.clone(),
         );
         registry.register("upstream_reused", "Requests sent over a pooled connection", self.upstream_reused.clone());
+        registry.register(
+            "upstream_retries",
+            "Safe requests sent again: the upstream closed their pooled connection unanswered",
+            self.upstream_retries.clone(),
+        );
+        registry.register("tunnels", "Open tunnels (Upgrade)", self.tunnels.clone());
         registry.register("connections", "Open client connections", self.connections.clone());
         registry.register("connections_refused", "Connections over the limit", self.connections_refused.clone());
         registry.register("buffered_bytes", "Bodies held in memory, in bytes", self.buffered_bytes.clone());

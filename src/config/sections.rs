@@ -3,28 +3,26 @@
 use super::Config;
 use super::reader::{At, Errors, Node, Section, Value, boolean, choice, count, duration, size, string};
 use super::routes::{self, Absent};
-use crate::gateway::upstream::{Endpoint, HostPolicy};
-use crate::gateway::{self, upstream};
+use super::upstream;
+use crate::gateway::{self, tunnel};
 use crate::server::{Address, Limits, tls};
 use crate::store::embedded::Durability;
 use crate::{admin, ledger, server, store};
-use http::HeaderValue;
-use http::uri::Authority;
 use ipnet::IpNet;
 use std::net::{IpAddr, SocketAddrV6};
 use std::path::PathBuf;
 use std::time::Duration;
 
-const ZERO: Duration = Duration::ZERO;
+pub(super) const ZERO: Duration = Duration::ZERO;
 /// Where zero would mean "never in time".
-const TICK: Duration = Duration::from_millis(1);
+pub(super) const TICK: Duration = Duration::from_millis(1);
 const MIB: u64 = 1 << 20;
 /// Far beyond what a process can hold, and within what the runtime's counters take.
 pub(super) const COUNT_MAX: usize = 1 << 24;
 /// Each is an operating system thread.
 const WORKERS_MAX: usize = 1024;
 
-const fn seconds(seconds: u64) -> Duration {
+pub(super) const fn seconds(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
@@ -46,15 +44,17 @@ pub(super) fn resolve(root: Node, errors: &mut Errors) -> Option<Config> {
     top.finish();
 
     let (server, client) = server_section(server_node, errors);
-    let upstream = upstream_section(upstream_node, errors);
+    let upstream = upstream::resolve(upstream_node, errors);
     let routes = routes::resolve(routes_node, idempotency_node, client.absent, errors);
     let ledger = cache_section(cache_node, errors);
     let store = store_section(store_node, errors);
     let (admin, admin_at) = admin_section(admin_node, errors);
     contradictions((&server.listen, &client.listen_at), (&admin.listen, &admin_at), errors);
     let Client { trusted_proxies, max_body, max_buffered, body_timeout, .. } = client;
-    let gateway =
-        gateway::Options { routes, trusted_proxies, max_body, max_buffered, body_timeout, upstream: upstream? };
+    let limits = &server.limits;
+    let tunnels = tunnel::Limits { write_timeout: limits.write_timeout, half_closed_timeout: limits.idle_timeout };
+    let upstream = upstream?;
+    let gateway = gateway::Options { routes, trusted_proxies, max_body, max_buffered, body_timeout, tunnels, upstream };
     Some(Config { server, gateway, ledger, store, admin })
 }
 
@@ -215,7 +215,7 @@ fn address(value: &Value) -> Result<Address, String> {
 }
 
 /// A name or an address, IPv6 in brackets. Underscores occur in names of containers.
-fn is_host(host: &str) -> bool {
+pub(super) fn is_host(host: &str) -> bool {
     if host.starts_with('[') {
         return format!("{host}:0").parse::<SocketAddrV6>().is_ok();
     }
@@ -224,7 +224,7 @@ fn is_host(host: &str) -> bool {
 }
 
 /// Digits alone: [`str::parse`] takes a sign, too.
-fn port(digits: &str) -> Option<u16> {
+pub(super) fn port(digits: &str) -> Option<u16> {
     digits.parse().ok().filter(|_| digits.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
@@ -233,85 +233,6 @@ fn network(value: &Value) -> Result<IpNet, String> {
     let text = string(value)?;
     let network = text.parse::<IpNet>().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
     network.ok_or_else(|| format!("{text:?} is neither an address nor a network such as \"10.0.0.0/8\""))
-}
-
-fn upstream_section(node: Option<Node>, errors: &mut Errors) -> Option<upstream::Options> {
-    let mut section = Section::new("upstream", node, errors);
-    let url = match section.take("url") {
-        None => endpoint("http://127.0.0.1:3000"),
-        Some(node) => string(&node.value).and_then(|text| endpoint(&text)).inspect_err(|message| {
-            section.add(&node.at, "url", message);
-        }),
-    };
-    let connect_timeout = section.read("connect_timeout", duration(TICK)).unwrap_or(seconds(2));
-    let response_timeout = section.read("response_timeout", duration(TICK)).unwrap_or(seconds(30));
-    let late_window = section.read("late_window", duration(ZERO)).unwrap_or(seconds(300));
-    let idle_timeout = section.read("idle_timeout", duration(ZERO)).unwrap_or(seconds(4));
-    let max_in_flight = section.read("max_in_flight", count(1, COUNT_MAX)).unwrap_or(1024);
-    let host = section.read("host", host_policy).unwrap_or(HostPolicy::Preserve);
-    section.not_built("tls");
-    section.finish();
-    let (endpoint, authority) = url.ok()?;
-    Some(upstream::Options {
-        endpoint,
-        authority,
-        connect_timeout,
-        response_timeout,
-        late_window,
-        idle_timeout,
-        max_in_flight,
-        host,
-    })
-}
-
-fn endpoint(text: &str) -> Result<(Endpoint, HeaderValue), String> {
-    if let Some(path) = text.strip_prefix("unix:") {
-        if !path.starts_with('/') {
-            return Err(format!("{text:?} needs an absolute path"));
-        }
-        return Ok((Endpoint::Unix(PathBuf::from(path)), HeaderValue::from_static("localhost")));
-    }
-    if text.starts_with("https:") {
-        return Err(
-            "https is not built yet in this version; use http, or a local TLS client such as stunnel".to_owned()
-        );
-    }
-    let wrong = || format!("{text:?} is no upstream; write http://host:port or unix:/path");
-    let rest = text.strip_prefix("http://").ok_or_else(wrong)?;
-    let rest = rest.strip_suffix('/').unwrap_or(rest);
-    if rest.contains(['/', '?', '#', '@']) {
-        return Err(format!("{text:?} must end after host and port: requests keep their own path"));
-    }
-    let authority = Authority::try_from(rest).map_err(|_| wrong())?;
-    let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
-    let port = match rest.strip_prefix(authority.host()) {
-        Some("") => 80,
-        Some(after) => after.strip_prefix(':').and_then(port).filter(|port| *port > 0).ok_or_else(wrong)?,
-        None => return Err(wrong()),
-    };
-    if !is_host(authority.host()) {
-        return Err(wrong());
-    }
-    let value = HeaderValue::try_from(authority.as_str()).map_err(|_| wrong())?;
-    Ok((Endpoint::Tcp { host, port }, value))
-}
-
-fn host_policy(value: &Value) -> Result<HostPolicy, String> {
-    let text = string(value)?;
-    match text.as_str() {
-        "preserve" => Ok(HostPolicy::Preserve),
-        "upstream" => Ok(HostPolicy::Upstream),
-        name => match (Authority::try_from(name), HeaderValue::try_from(name)) {
-            (Ok(authority), Ok(value)) if is_authority(name, authority.host()) => Ok(HostPolicy::Name(value)),
-            _ => Err(format!("{text:?} is neither \"preserve\", \"upstream\" nor a host name")),
-        },
-    }
-}
-
-/// A host and perhaps a port, and nothing else.
-fn is_authority(text: &str, host: &str) -> bool {
-    let after = text.strip_prefix(host);
-    is_host(host) && after.is_some_and(|after| after.is_empty() || after.strip_prefix(':').and_then(port).is_some())
 }
 
 fn cache_section(node: Option<Node>, errors: &mut Errors) -> ledger::Options {

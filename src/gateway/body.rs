@@ -154,6 +154,12 @@ impl Progress {
         }
     }
 
+    /// Whether all of it has been handed to the connection.
+    #[must_use]
+    pub fn sent(&self) -> bool {
+        self.state.load(Ordering::Acquire) == SENT
+    }
+
     #[must_use]
     pub fn failure(&self) -> Option<UploadFailure> {
         match self.state.load(Ordering::Acquire) {

@@ -191,6 +191,7 @@ impl Forward {
                         settle(claim, Outcome::NotExecuted(Evidence::ThisSend), Some(shared)).await;
                         self.tell(TaskAnswer::Problem(problem));
                     }
+                    SendError::Malformed(_) => self.settle_without_response(claim, Why::Malformed, problem).await,
                     SendError::Broken(error) => {
                         let why = if error.is_parse() { Why::Malformed } else { Why::Reset };
                         self.settle_without_response(claim, why, problem).await;
@@ -361,9 +362,6 @@ async fn exchange(gateway: Arc<Gateway>, request: Request<ForwardBody>, limit: u
         Err(error) => return (Exchange::Failed(error), reservation),
     };
     let (head, mut rest) = response.into_parts();
-    if head.status.is_informational() {
-        return (Exchange::Malformed("http_protocol_error"), reservation);
-    }
     let mut read = Vec::new();
     let mut len = 0_usize;
     if rest.size_hint().lower() > limit as u64 {

@@ -4,6 +4,7 @@ use super::body::{ForwardBody, Upload, UploadFailure};
 use super::headers::{self, last_hop, strip_hop_by_hop};
 use super::problem::{Code, Problem};
 use super::reply::ReplyBody;
+use super::tunnel::Offer;
 use super::upstream::{Connection, HostPolicy, Passing, SendError};
 use super::{Gateway, Peer};
 use crate::telemetry::{Outcome, RouteMetrics};
@@ -29,20 +30,40 @@ impl Gateway {
             metrics.count(Outcome::passed);
             return answer_as_last_hop(&method);
         }
+        let offer = Offer::of(&mut request);
         let (mut parts, body) = request.into_parts();
         headers::prepare_request(&mut parts.headers, parts.version, peer);
         self.set_host(&mut parts.headers);
+        if let Some(offer) = &offer {
+            offer.write(&mut parts.headers);
+        }
         parts.version = Version::HTTP_11;
         parts.extensions.clear();
         let started = Instant::now();
-        let sent = if body.is_end_stream() {
-            self.send_passing(Request::from_parts(parts, ForwardBody::Full(None)), None).await
+        let (body, upload) = if body.is_end_stream() {
+            (ForwardBody::Full(None), None)
         } else {
             let (upload, progress) = Upload::new(body, self.options.body_timeout);
-            self.send_passing(Request::from_parts(parts, ForwardBody::Upload(upload)), Some(progress)).await
+            (ForwardBody::Upload(upload), Some(progress))
         };
+        let sent = self.send_passing(Request::from_parts(parts, body), upload.as_deref()).await;
         self.metrics.upstream_seconds.observe(started.elapsed().as_secs_f64());
         match sent {
+            Ok((response, connection)) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                // One side switches only after the other's request is complete, and to what was offered.
+                let uploaded = upload.is_none_or(|upload| upload.sent());
+                match offer.filter(|offer| uploaded && offer.accepted_by(response.headers())) {
+                    Some(offer) => {
+                        metrics.count(Outcome::passed);
+                        self.open_tunnel(offer, response, connection)
+                    }
+                    None => {
+                        connection.abort();
+                        metrics.count(Outcome::failed);
+                        Problem::upstream_broken("http_protocol_error").without_record().into_response(chained)
+                    }
+                }
+            }
             Ok((response, connection)) => {
                 metrics.count(Outcome::passed);
                 self.pass_back(response, connection)
@@ -59,11 +80,11 @@ impl Gateway {
     async fn send_passing(
         &self,
         request: Request<ForwardBody>,
-        upload: Option<Arc<super::body::Progress>>,
+        upload: Option<&super::body::Progress>,
     ) -> Result<(Response<Incoming>, Connection), Problem> {
         let patience = self.options.upstream.response_timeout;
         let timeout = async {
-            if let Some(upload) = &upload
+            if let Some(upload) = upload
                 && !upload.ended_or_stuck(patience.max(self.options.body_timeout)).await
             {
                 return;
@@ -100,10 +121,6 @@ impl Gateway {
 
     fn pass_back(&self, response: Response<Incoming>, connection: Connection) -> Response<ReplyBody> {
         let (mut parts, body) = response.into_parts();
-        if parts.status.is_informational() {
-            // An upgrade that nobody asked for: the request's own Upgrade was not passed on.
-            return Problem::upstream_broken("http_protocol_error").into_response(false);
-        }
         strip_hop_by_hop(&mut parts.headers);
         parts.version = Version::HTTP_11;
         parts.extensions.clear();
@@ -121,6 +138,7 @@ pub(super) fn send_problem(error: &SendError) -> Problem {
             "The upstream cannot be reached and has been sent nothing; retry later.",
             proxy_error,
         ),
+        SendError::Malformed(_) => Problem::upstream_broken("http_protocol_error"),
         SendError::Broken(error) => {
             Problem::upstream_broken(if error.is_parse() { "http_protocol_error" } else { "connection_terminated" })
         }

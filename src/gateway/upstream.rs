@@ -1,15 +1,18 @@
 //! The way to the upstream: connecting, a pool of idle connections, and sending a request at most once.
 
+mod connect;
+pub mod tls;
+
 use super::body::ForwardBody;
 use super::headers::keep_alive_seconds;
 use super::reply::BodyError;
 use crate::telemetry::Metrics;
 use bytes::Bytes;
-use http::{HeaderValue, Request, Response};
+use connect::Link;
+use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING, UPGRADE};
+use http::{HeaderValue, Method, Request, Response, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
-use hyper::client::conn::http1::{self, SendRequest};
-use hyper_util::rt::TokioIo;
 use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
@@ -17,8 +20,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
-use tokio::net::{TcpStream, UnixStream};
-use tokio::time::{Instant, Sleep, sleep, timeout_at};
+use tokio::time::{Instant, Sleep, sleep};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
@@ -40,6 +42,8 @@ pub enum HostPolicy {
 #[derive(Clone, Debug)]
 pub struct Options {
     pub endpoint: Endpoint,
+    /// `None`: in clear.
+    pub tls: Option<Arc<tls::Connector>>,
     /// Host header for requests that bring none: the authority of `upstream.url`, `localhost` for a Unix socket.
     pub authority: HeaderValue,
     pub connect_timeout: Duration,
@@ -60,7 +64,7 @@ pub struct Upstream {
 }
 
 struct Idle {
-    sender: SendRequest<ForwardBody>,
+    link: Link,
     expires: Instant,
 }
 
@@ -76,6 +80,9 @@ pub enum SendError {
     /// It may have been executed.
     #[error("the upstream broke off: {0}")]
     Broken(#[source] hyper::Error),
+    /// It has been answered, but not in HTTP as it should be; it may have been executed.
+    #[error("the upstream's response is malformed: {0}")]
+    Malformed(&'static str),
 }
 
 impl Upstream {
@@ -89,13 +96,22 @@ impl Upstream {
         &self.options
     }
 
+    /// Reads the files of `[upstream.tls]` again, for connections to come.
+    ///
+    /// # Errors
+    /// All files that cannot be used; then everything stays as it was.
+    pub fn reload_tls(&self) -> Result<(), Vec<tls::FileError>> {
+        self.options.tls.as_ref().map_or(Ok(()), |tls| tls.reload())
+    }
+
     #[must_use]
     pub fn idle_connections(&self) -> usize {
         self.idle().len()
     }
 
-    /// Sends a request and waits for the head of its response. Another connection is tried only when the HTTP library
-    /// hands the request back, which it does only if not a byte of it was written.
+    /// Sends a request and waits for the head of its response. It is sent again, on another connection, only when that
+    /// cannot be a second execution: the HTTP library hands it back, which it does only if not a byte of it was written; or
+    /// it is [`repeatable`] and its pooled connection was closed without a byte of an answer.
     ///
     /// # Errors
     /// See [`SendError`].
@@ -103,63 +119,84 @@ impl Upstream {
         self: &Arc<Self>,
         mut request: Request<ForwardBody>,
     ) -> Result<(Response<Incoming>, Connection), SendError> {
+        let upgrade = request.headers().contains_key(UPGRADE);
         // A pooled connection may have been closed by the other side; after two of those a new one is surely better.
-        let mut pooled_left = 2;
+        let mut pooled_left = 2_u8;
         loop {
             let pooled = if pooled_left > 0 { self.checkout() } else { None };
-            pooled_left -= 1;
+            pooled_left = pooled_left.saturating_sub(1);
             let reused = pooled.is_some();
-            let mut sender = match pooled {
-                Some(sender) => sender,
+            let mut link = match pooled {
+                Some(link) => link,
                 None => self.connect().await?,
             };
-            match sender.try_send_request(request).await {
+            link.expect_answer();
+            let spare = if reused { repeatable(&request) } else { None };
+            let mut failed = match link.sender.try_send_request(request).await {
                 Ok(response) => {
                     if reused {
                         self.metrics.upstream_reused.inc();
                     }
+                    check(&response, upgrade).inspect_err(|_| link.abort())?;
                     let idle_timeout = self.idle_timeout(&response);
-                    let connection = Connection { sender, upstream: Arc::clone(self), idle_timeout };
+                    let connection = Connection { link, upstream: Arc::clone(self), idle_timeout };
                     return Ok((response, connection));
                 }
-                Err(mut failed) => match failed.take_message() {
-                    Some(unsent) if reused => request = unsent,
-                    Some(_) => {
-                        let error = io::Error::new(io::ErrorKind::ConnectionReset, failed.into_error());
-                        return Err(SendError::Unreachable { error, proxy_error: "connection_terminated" });
-                    }
-                    None => return Err(SendError::Broken(failed.into_error())),
-                },
-            }
+                Err(failed) => failed,
+            };
+            request = match (failed.take_message(), spare) {
+                (Some(unsent), _) if reused => unsent,
+                (Some(_), _) => {
+                    let error = io::Error::new(io::ErrorKind::ConnectionReset, failed.into_error());
+                    return Err(SendError::Unreachable { error, proxy_error: "connection_terminated" });
+                }
+                (None, Some(spare)) if !link.answered() => {
+                    self.metrics.upstream_retries.inc();
+                    pooled_left = 0;
+                    spare
+                }
+                (None, _) => return Err(SendError::Broken(failed.into_error())),
+            };
         }
     }
 
-    /// `Keep-Alive: timeout=N` lowers the idle time below N: the race with the upstream's close is its to lose.
+    async fn connect(&self) -> Result<Link, SendError> {
+        let link = connect::connect(&self.options).await?;
+        self.metrics.upstream_connections.inc();
+        Ok(link)
+    }
+
+    /// `Keep-Alive: timeout=N` lowers the idle time below N: the race with the upstream's close is its to lose. Zero: the
+    /// connection is not used again.
     fn idle_timeout(&self, response: &Response<Incoming>) -> Duration {
+        // Whoever sends both lengths may mean the other one (RFC 9112 §6.3).
+        if response.headers().contains_key(TRANSFER_ENCODING) && response.headers().contains_key(CONTENT_LENGTH) {
+            return Duration::ZERO;
+        }
         let told = keep_alive_seconds(response.headers()).map(|seconds| Duration::from_secs(seconds.saturating_sub(1)));
         told.map_or(self.options.idle_timeout, |told| told.min(self.options.idle_timeout))
     }
 
-    fn checkout(&self) -> Option<SendRequest<ForwardBody>> {
+    fn checkout(&self) -> Option<Link> {
         let now = Instant::now();
         let mut idle = self.idle();
         while let Some(newest) = idle.pop_back() {
-            if newest.expires > now && newest.sender.is_ready() {
-                return Some(newest.sender);
+            if newest.expires > now && newest.link.sender.is_ready() {
+                return Some(newest.link);
             }
         }
         None
     }
 
-    fn put_back(&self, sender: SendRequest<ForwardBody>, idle_timeout: Duration) {
-        if idle_timeout.is_zero() || sender.is_closed() {
+    fn put_back(&self, link: Link, idle_timeout: Duration) {
+        if idle_timeout.is_zero() || link.sender.is_closed() {
             return;
         }
         let mut idle = self.idle();
         if idle.len() >= IDLE_MAX {
             idle.pop_front();
         }
-        idle.push_back(Idle { sender, expires: Instant::now() + idle_timeout });
+        idle.push_back(Idle { link, expires: Instant::now() + idle_timeout });
     }
 
     /// Closes idle connections whose time is over, once a second.
@@ -167,97 +204,67 @@ impl Upstream {
         let mut ticks = tokio::time::interval(Duration::from_secs(1));
         loop {
             let now = ticks.tick().await;
-            self.idle().retain(|idle| idle.expires > now && !idle.sender.is_closed());
+            self.idle().retain(|idle| idle.expires > now && !idle.link.sender.is_closed());
         }
     }
 
     fn idle(&self) -> MutexGuard<'_, VecDeque<Idle>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    async fn connect(&self) -> Result<SendRequest<ForwardBody>, SendError> {
-        let deadline = Instant::now() + self.options.connect_timeout;
-        let sender = match &self.options.endpoint {
-            Endpoint::Tcp { host, port } => {
-                let stream = connect_tcp(host, *port, deadline).await.map_err(unreachable)?;
-                handshake(stream).await
-            }
-            Endpoint::Unix(path) => {
-                let stream = timeout_at(deadline, UnixStream::connect(path)).await.unwrap_or_else(|_| Err(timed_out()));
-                handshake(stream.map_err(unreachable)?).await
-            }
-        };
-        self.metrics.upstream_connections.inc();
-        sender.map_err(|error| unreachable(io::Error::other(error)))
+/// A copy of a request that may be sent twice, whatever became of the first time: of a safe method (RFC 9110 §9.2.1) and
+/// without a body. A request that is intercepted never is one.
+fn repeatable(request: &Request<ForwardBody>) -> Option<Request<ForwardBody>> {
+    let safe = [Method::GET, Method::HEAD, Method::OPTIONS, Method::TRACE].contains(request.method());
+    if !safe || !request.body().is_end_stream() {
+        return None;
     }
+    let mut copy = Request::new(ForwardBody::Full(None));
+    *copy.method_mut() = request.method().clone();
+    *copy.uri_mut() = request.uri().clone();
+    *copy.headers_mut() = request.headers().clone();
+    Some(copy)
 }
 
-fn timed_out() -> io::Error {
-    io::Error::new(io::ErrorKind::TimedOut, "no connection within upstream.connect_timeout")
-}
-
-fn unreachable(error: io::Error) -> SendError {
-    let proxy_error = match error.kind() {
-        io::ErrorKind::TimedOut => "connection_timeout",
-        io::ErrorKind::ConnectionRefused => "connection_refused",
-        io::ErrorKind::NotFound => "dns_error",
-        _ => "destination_unavailable",
-    };
-    SendError::Unreachable { error, proxy_error }
-}
-
-/// Resolves the name anew and tries all its addresses in turn; what is left of the time is shared among those to come.
-async fn connect_tcp(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
-    let resolved = timeout_at(deadline, tokio::net::lookup_host((host, port))).await.map_err(|_| timed_out())?;
-    let addresses = resolved.map_err(|error| io::Error::new(io::ErrorKind::NotFound, error))?.collect::<Vec<_>>();
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the upstream's name has no address");
-    let count = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
-    for (address, to_come) in addresses.into_iter().zip((1..=count).rev()) {
-        let now = Instant::now();
-        let share = now + deadline.saturating_duration_since(now) / to_come;
-        match timeout_at(share, TcpStream::connect(address)).await {
-            Ok(Ok(stream)) => {
-                stream.set_nodelay(true)?;
-                return Ok(stream);
-            }
-            Ok(Err(error)) => last = error,
-            Err(_) => last = timed_out(),
-        }
+/// Refuses what the HTTP library takes for a response, but is none to this request.
+fn check(response: &Response<Incoming>, upgrade: bool) -> Result<(), SendError> {
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS && !upgrade {
+        return Err(SendError::Malformed("101 to a request without Upgrade"));
     }
-    Err(last)
-}
-
-async fn handshake<T>(stream: T) -> hyper::Result<SendRequest<ForwardBody>>
-where
-    T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
-{
-    let (sender, connection) = http1::Builder::new().handshake(TokioIo::new(stream)).await?;
-    tokio::spawn(async move {
-        // What goes wrong is told to whoever waits for a response.
-        let _ = connection.await;
-    });
-    Ok(sender)
+    // No other coding was asked for (`TE`), and what it does to the body would get lost with the field (RFC 9112 §6.1).
+    let mut codings = response.headers().get_all(TRANSFER_ENCODING).iter();
+    let chunked = |coding: &HeaderValue| coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked");
+    if codings.next().is_some_and(|coding| !chunked(coding)) || codings.next().is_some() {
+        return Err(SendError::Malformed("a transfer coding other than one \"chunked\""));
+    }
+    Ok(())
 }
 
 /// A connection that is busy with a response. It goes back to the pool once that has been read; dropped before, it is
 /// closed.
 pub struct Connection {
-    sender: SendRequest<ForwardBody>,
+    link: Link,
     upstream: Arc<Upstream>,
     idle_timeout: Duration,
 }
 
 impl Connection {
+    /// What came back is not what it should be: the connection ends, whatever is still on its way.
+    pub fn abort(self) {
+        self.link.abort();
+    }
+
     /// The response has been read to its end.
     pub fn finished(self) {
-        let Self { mut sender, upstream, idle_timeout } = self;
-        if sender.is_ready() {
-            upstream.put_back(sender, idle_timeout);
-        } else if !sender.is_closed() {
+        let Self { mut link, upstream, idle_timeout } = self;
+        if link.sender.is_ready() {
+            upstream.put_back(link, idle_timeout);
+        } else if !link.sender.is_closed() && !idle_timeout.is_zero() {
             // The connection's task is about to see the end of the response, or still writes an early-answered request.
             tokio::spawn(async move {
-                if let Ok(Ok(())) = tokio::time::timeout(idle_timeout, sender.ready()).await {
-                    upstream.put_back(sender, idle_timeout);
+                if let Ok(Ok(())) = tokio::time::timeout(idle_timeout, link.sender.ready()).await {
+                    upstream.put_back(link, idle_timeout);
                 }
             });
         }

@@ -2,12 +2,12 @@
 
 use super::timed_io::{Busy, TimedIo};
 use super::tls::Tls;
-use super::{Limits, http2};
+use super::{Limits, Place, http2};
 use crate::gateway::reply::{BodyError, ReplyBody};
 use crate::gateway::{Gateway, Peer};
 use bytes::Bytes;
-use http::HeaderValue;
 use http::header::CONNECTION;
+use http::{HeaderValue, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -34,7 +34,7 @@ pub(super) struct Setting {
 
 /// Serves a connection over TLS until it ends: HTTP/2 or HTTP/1.1, as ALPN says (RFC 9113 §3.2). The handshake must be
 /// over within `header_timeout`.
-pub(super) async fn serve_tls<S>(stream: S, tls: &Tls, mut setting: Setting)
+pub(super) async fn serve_tls<S>(stream: S, tls: &Tls, place: Place, mut setting: Setting)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -47,18 +47,18 @@ where
     match accepted {
         Ok(secured) => {
             setting.peer.client_cert = secured.client_cert;
-            serve(secured.stream, Some(secured.http2), setting).await;
+            serve(secured.stream, Some(secured.http2), place, setting).await;
         }
         Err(error) => tracing::debug!(%error, "a TLS handshake failed"),
     }
 }
 
 /// Serves a connection until it ends. `negotiated`: whether HTTP/2 was agreed upon; else the first bytes tell.
-pub(super) async fn serve<S>(stream: S, negotiated: Option<bool>, setting: Setting)
+pub(super) async fn serve<S>(stream: S, negotiated: Option<bool>, place: Place, setting: Setting)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let mut io = TimedIo::new(stream, setting.limits.clone());
+    let mut io = TimedIo::new(stream, place, setting.limits.clone());
     let preface = match unless_drained(&setting.drain, io.begins_with_preface()).await {
         Some(Ok(preface)) => preface,
         Some(Err(error)) => return tracing::debug!(%error, "a client connection ended before its first request"),
@@ -91,7 +91,9 @@ where
         let (gateway, peer, drain) = (Arc::clone(&gateway), Arc::clone(&peer), drain.clone());
         async move {
             let mut response = gateway.handle(request, &peer).await;
-            if drain.is_cancelled() {
+            if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                busy.switch();
+            } else if drain.is_cancelled() {
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
             Ok::<_, Infallible>(response.map(|body| ServedBody { body, _busy: busy }))
@@ -101,7 +103,8 @@ where
         .half_close(true)
         .max_header_size(limits.max_header_bytes)
         .max_buf_size(limits.max_header_bytes.saturating_add(READ_AHEAD_BYTES))
-        .serve_connection(TokioIo::new(io), service);
+        .serve_connection(TokioIo::new(io), service)
+        .with_upgrades();
     tokio::pin!(connection);
     tokio::select! {
         ended = connection.as_mut() => ended,

@@ -1,7 +1,7 @@
 //! A client connection's bytes under their time limits, whatever the protocol.
 
-use super::Limits;
 use super::frames::{Frames, PREFACE};
+use super::{Limits, Place};
 use crate::gateway::problem::{Code, Problem};
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -17,6 +17,8 @@ const IDLE: u8 = 0;
 const HEAD: u8 = 1;
 /// A request is being served; its body and its response have limits of their own.
 const BUSY: u8 = 2;
+/// A tunnel, which may be silent for as long as it likes.
+const TUNNEL: u8 = 3;
 
 /// How far an HTTP/1 connection is.
 pub(super) struct Phase(AtomicU8);
@@ -29,11 +31,16 @@ impl Busy {
         phase.0.store(BUSY, Ordering::Release);
         Self(phase)
     }
+
+    /// The response switches to another protocol: HTTP ends here.
+    pub(super) fn switch(&self) {
+        self.0.0.store(TUNNEL, Ordering::Release);
+    }
 }
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        self.0.0.store(IDLE, Ordering::Release);
+        let _ = self.0.0.compare_exchange(BUSY, IDLE, Ordering::AcqRel, Ordering::Acquire);
     }
 }
 
@@ -41,6 +48,8 @@ impl Drop for Busy {
 /// `header_timeout` from the first byte of a head to its end, or not reading for `write_timeout`.
 pub(super) struct TimedIo<S> {
     stream: S,
+    /// Among `max_connections`, for as long as the stream lives: a tunnel outlives its request.
+    _place: Place,
     phase: Arc<Phase>,
     limits: Limits,
     /// Follows the frames, once the connection turned out to be HTTP/2.
@@ -64,9 +73,10 @@ enum Awaited {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> TimedIo<S> {
-    pub(super) fn new(stream: S, limits: Limits) -> Self {
+    pub(super) fn new(stream: S, place: Place, limits: Limits) -> Self {
         Self {
             stream,
+            _place: place,
             phase: Arc::new(Phase(AtomicU8::new(IDLE))),
             limits,
             frames: None,
@@ -119,7 +129,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TimedIo<S> {
 
     /// Whether what is being written may be a refusal of the HTTP library's own.
     fn may_refuse(&self) -> bool {
-        self.frames.is_none() && self.phase.0.load(Ordering::Acquire) != BUSY
+        self.frames.is_none() && self.phase.0.load(Ordering::Acquire) < BUSY
     }
 
     fn poll_read_raw(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {

@@ -128,6 +128,31 @@ impl Client {
         Some(Response { status, headers, body })
     }
 
+    /// Everything up to the end of a head. What comes behind it stays to be read.
+    #[track_caller]
+    pub fn read_head(&mut self) -> String {
+        loop {
+            if let Some(at) = self.buffer.windows(4).position(|window| window == b"\r\n\r\n") {
+                return String::from_utf8(self.buffer.drain(..at + 4).collect()).unwrap();
+            }
+            self.fill().unwrap_or_else(|| panic!("the connection ended within a head: {:?}", self.buffer));
+        }
+    }
+
+    #[track_caller]
+    pub fn read_exactly(&mut self, len: usize) -> Vec<u8> {
+        while self.buffer.len() < len {
+            self.fill().unwrap_or_else(|| panic!("the connection ended: {:?}", self.buffer));
+        }
+        self.buffer.drain(..len).collect()
+    }
+
+    /// Whether the connection ends, whatever comes before that.
+    pub fn ends(&mut self) -> bool {
+        while self.fill().is_some() {}
+        true
+    }
+
     /// Some more bytes, as they come.
     pub fn read_some(&mut self) -> Option<Vec<u8>> {
         if self.buffer.is_empty() {

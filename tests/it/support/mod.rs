@@ -6,6 +6,7 @@ pub mod client;
 pub mod gateway;
 pub mod h2;
 pub mod tls;
+pub mod tls_front;
 pub mod upstream;
 
 pub use client::{Client, Response, call, post, request};

@@ -1,0 +1,146 @@
+//! Certificates made for a test, and a TLS server before an upstream in clear.
+
+use super::eventually;
+use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
+use rustls::crypto::aws_lc_rs::default_provider;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{RootCertStore, ServerConfig, SupportedProtocolVersion};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use tokio::io::copy_bidirectional;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Runtime;
+use tokio_rustls::TlsAcceptor;
+
+/// An authority that certifies whatever a test needs.
+pub struct Authority {
+    pub pem: String,
+    der: CertificateDer<'static>,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+/// A certificate and its key.
+pub struct Certificate {
+    pub pem: String,
+    pub key_pem: String,
+    der: CertificateDer<'static>,
+    key: PrivateKeyDer<'static>,
+}
+
+impl Authority {
+    pub fn new() -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let certificate = params.self_signed(&key).unwrap();
+        Self { pem: certificate.pem(), der: certificate.der().clone(), issuer: Issuer::new(params, key) }
+    }
+
+    pub fn certify(&self, name: &str) -> Certificate {
+        self.certify_with(name, |_| {})
+    }
+
+    /// A certificate for a server's name or address, or for a client.
+    pub fn certify_with(&self, name: &str, change: impl FnOnce(&mut CertificateParams)) -> Certificate {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        change(&mut params);
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let private = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        Certificate {
+            pem: certificate.pem(),
+            key_pem: key.serialize_pem(),
+            der: certificate.der().clone(),
+            key: private,
+        }
+    }
+
+    fn roots(&self) -> RootCertStore {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.der.clone()).unwrap();
+        roots
+    }
+}
+
+impl Certificate {
+    /// A server that shows this certificate, and asks for one of `clients` where there is such an authority.
+    pub fn server(&self, versions: &[&'static SupportedProtocolVersion], clients: Option<&Authority>) -> ServerConfig {
+        let provider = Arc::new(default_provider());
+        let builder = ServerConfig::builder_with_provider(Arc::clone(&provider)).with_protocol_versions(versions);
+        let builder = match clients {
+            None => builder.unwrap().with_no_client_auth(),
+            Some(authority) => {
+                let roots = Arc::new(authority.roots());
+                let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider).build().unwrap();
+                builder.unwrap().with_client_cert_verifier(verifier)
+            }
+        };
+        let mut config = builder.with_single_cert(vec![self.der.clone()], self.key.clone_key()).unwrap();
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        config
+    }
+}
+
+/// What a handshake was about: the name asked for, the protocol agreed on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Handshake {
+    pub server_name: Option<String>,
+    pub alpn: Option<String>,
+    pub resumed: bool,
+}
+
+/// A TLS server that hands what it decrypts to `behind`. A failed handshake reaches nobody.
+pub struct TlsFront {
+    pub addr: SocketAddr,
+    config: Arc<Mutex<Arc<ServerConfig>>>,
+    handshakes: Arc<Mutex<Vec<Result<Handshake, String>>>>,
+    _runtime: Runtime,
+}
+
+impl TlsFront {
+    pub fn new(config: ServerConfig, behind: SocketAddr) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
+        let addr = listener.local_addr().unwrap();
+        let config = Arc::new(Mutex::new(Arc::new(config)));
+        let handshakes = Arc::new(Mutex::new(Vec::new()));
+        let (shared, log) = (Arc::clone(&config), Arc::clone(&handshakes));
+        runtime.spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let (config, log) = (Arc::clone(&shared.lock().unwrap()), Arc::clone(&log));
+                tokio::spawn(async move {
+                    let mut stream = match TlsAcceptor::from(config).accept(stream).await {
+                        Ok(stream) => stream,
+                        Err(error) => return log.lock().unwrap().push(Err(error.to_string())),
+                    };
+                    let session = stream.get_ref().1;
+                    log.lock().unwrap().push(Ok(Handshake {
+                        server_name: session.server_name().map(str::to_owned),
+                        alpn: session.alpn_protocol().map(|name| String::from_utf8_lossy(name).into_owned()),
+                        resumed: session.handshake_kind() == Some(rustls::HandshakeKind::Resumed),
+                    }));
+                    let mut behind = TcpStream::connect(behind).await.unwrap();
+                    let _ = copy_bidirectional(&mut stream, &mut behind).await;
+                });
+            }
+        });
+        Self { addr, config, handshakes, _runtime: runtime }
+    }
+
+    /// From the next connection on.
+    pub fn set(&self, config: ServerConfig) {
+        *self.config.lock().unwrap() = Arc::new(config);
+    }
+
+    pub fn handshakes(&self) -> Vec<Result<Handshake, String>> {
+        self.handshakes.lock().unwrap().clone()
+    }
+
+    /// Waits until so many handshakes have ended, well or not.
+    #[track_caller]
+    pub fn wait_for(&self, count: usize) -> Vec<Result<Handshake, String>> {
+        eventually("handshakes", || Some(self.handshakes()).filter(|handshakes| handshakes.len() >= count))
+    }
+}
