@@ -125,6 +125,7 @@ const ERRORS: &[(&str, &str, &str)] = &[
         "f.toml:2: server.tls.cert: ",
         "/nowhere/c: cannot be read",
     ),
+    ("[server.tls]\ncert = \"/nowhere/c\"\nkey = 1", "f.toml:3: server.tls.key: ", "must be a string"),
     ("[server.tls]\nkey = \"k\"", "f.toml:1: server.tls.cert: ", "is missing"),
     ("[server.tls]\ncert = \"c\"\nkey = \"\"", "f.toml:3: server.tls.key: ", "must not be empty"),
     ("idempotency.scope = [\"client-cert\"]", "f.toml:1: idempotency.scope: ", "needs server.tls.client_ca"),

@@ -175,13 +175,13 @@ fn tls_section(node: Node, errors: &mut Errors) -> Option<tls::Options> {
         }
     }
     let sound = section.errors.count() == before;
-    let options = tls::Options { cert: cert?, key: key?, client_ca };
-    if sound && let Err(error) = options.load() {
+    let options = cert.zip(key).map(|(cert, key)| tls::Options { cert, key, client_ca });
+    if sound && let Some(Err(error)) = options.as_ref().map(tls::Options::load) {
         let place = key_at.iter().find(|(key, _)| *key == error.key).map_or(&at, |(_, at)| at);
         section.add(place, error.key, &error.to_string());
     }
     section.finish();
-    Some(options)
+    options
 }
 
 fn file(value: &Value) -> Result<PathBuf, String> {

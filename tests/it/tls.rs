@@ -175,8 +175,10 @@ fn sighup_reloads_the_client_ca() {
     let (gateway, authority, files) = mutual(&upstream, "");
     let other = Authority::new("other");
     let (old, new) = (authority.certify(&["alice"]), other.certify(&["alice"]));
-    let call = |shows| {
-        let mut client = TlsClient::connect(gateway.addr, authority.client(Some(shows), &[]))?;
+    // Each keeps its sessions, and would resume them.
+    let (old, new) = (authority.client(Some(&old), &[]), authority.client(Some(&new), &[]));
+    let call = |config: &rustls::ClientConfig| {
+        let mut client = TlsClient::connect(gateway.addr, config.clone())?;
         client.call(&anonymous_post("k")).map(|answer| answer.status)
     };
     assert!(call(&old).is_ok() && call(&new).is_err());
@@ -200,21 +202,19 @@ fn files_that_are_broken_keep_the_old_ones_and_the_log_says_which_and_why() {
     let other = authority.certify(&["localhost"]);
     let good = |name: &str| std::fs::read_to_string(files.path(name)).unwrap();
     let (cert, key, ca) = (good("cert.pem"), good("key.pem"), good("ca.pem"));
-    let mut count = 0;
-    for (name, text, reason) in [
+    let broken = [
         ("cert.pem", "", "holds no certificate"),
         ("cert.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "invalid"),
         ("cert.pem", other.cert.as_str(), "does not belong to the certificate"),
         ("key.pem", "nothing", "holds no unencrypted private key"),
         ("key.pem", other.key.as_str(), "does not belong to the certificate"),
         ("ca.pem", "", "holds no certificate"),
-    ] {
+    ];
+    for (n, (name, text, reason)) in broken.into_iter().enumerate() {
         files.write(name, text);
         gateway.hang_up();
-        count += 1;
-        let refused = |log: String| {
-            log.lines().filter(|line| line.contains("stay as they were")).nth(count - 1).map(str::to_owned)
-        };
+        let refused =
+            |log: String| log.lines().filter(|line| line.contains("stay as they were")).nth(n).map(str::to_owned);
         let line = eventually("it is refused", || refused(gateway.log()));
         let culprit = if reason.contains("belong") { "key.pem" } else { name };
         assert!(line.contains("ERROR") && line.contains(&format!("{culprit}: ")) && line.contains(reason), "{line}");
@@ -312,6 +312,26 @@ fn limits_hold_within_tls() {
     ended(&["h2"], "PRI * HTTP/2.0\r\n");
     assert_eq!(upstream.count(), 0);
     let _ = H2::connect_tls(gateway.addr, authority.client(None, &["h2"])).unwrap().wait_for_end();
+}
+
+#[test]
+fn a_unix_socket_stays_plain() {
+    let upstream = Upstream::counting();
+    let authority = Authority::new("servers");
+    let files = Files::new(&authority.certify(&["localhost"]), None);
+    let socket = files.path("socket");
+    let listen = format!("[\"127.0.0.1:0\", \"unix:{}\"]", socket.display());
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    let environment = [("ONCEGATE_SERVER__LISTEN", listen.as_str())];
+    let gateway = Gateway::try_start(dir, &upstream.url(), &files.settings(), &[], &environment).unwrap();
+    let mut stream = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+    stream.write_all(request("GET", "/x", &[("Connection", "close")], "").as_bytes()).unwrap();
+    let mut answer = String::new();
+    std::io::Read::read_to_string(&mut stream, &mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 201"), "{answer}");
+    assert_eq!(upstream.requests()[0].header("x-forwarded-proto"), Some("http"));
+    let mut client = TlsClient::connect(gateway.addr, authority.client(None, &[])).unwrap();
+    assert_eq!(client.call(&request("GET", "/x", &[], "")).unwrap().status, 201);
 }
 
 #[test]
