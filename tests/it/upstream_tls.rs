@@ -1,7 +1,7 @@
 //! An https upstream: whom the gateway trusts, whom it says it is, and that a failed handshake has executed nothing.
 
 use crate::support::gateway::Refusal;
-use crate::support::tls::{Authority, Certificate, TlsFront};
+use crate::support::tls_front::{Authority, Certificate, TlsFront};
 use crate::support::{Client, Gateway, Upstream, request};
 use rcgen::CertificateParams;
 use rustls::version::{TLS12, TLS13};

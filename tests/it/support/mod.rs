@@ -4,7 +4,7 @@
 
 pub mod client;
 pub mod gateway;
-pub mod tls;
+pub mod tls_front;
 pub mod upstream;
 
 pub use client::{Client, Response, call, post, request};
