@@ -3,7 +3,7 @@
 ARG RUST_VERSION=1.95
 
 FROM rust:${RUST_VERSION}-alpine AS build
-RUN apk add --no-cache build-base busybox-static
+RUN apk add --no-cache build-base busybox-static ca-certificates
 WORKDIR /src
 COPY . .
 # The caches keep compiled dependencies between builds on one machine.
@@ -12,6 +12,7 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
     cargo build --release --locked --bin oncegate \
     && install -D -m 0755 target/release/oncegate /image/oncegate \
     && install -D -m 0755 /bin/busybox.static /image/bin/wget \
+    && install -D -m 0644 /etc/ssl/certs/ca-certificates.crt /image/etc/ssl/certs/ca-certificates.crt \
     && mkdir /empty
 COPY <<"TOML" /image/etc/oncegate/config.toml
 # Inside a container loopback reaches nobody. Mount a file over this one, or set ONCEGATE_<SECTION>__<KEY>.

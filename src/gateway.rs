@@ -41,6 +41,7 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tunnel::Tunnels;
 use upstream::Upstream;
 
 /// Everything the gateway needs to know that is not about connections.
@@ -131,9 +132,7 @@ pub struct Gateway {
     claims: TaskTracker,
     /// Cancelled when the drain's time is over.
     give_up: CancellationToken,
-    tunnels: TaskTracker,
-    /// Cancelled when tunnels have had their time.
-    close_tunnels: CancellationToken,
+    tunnels: Tunnels,
 }
 
 struct Route {
@@ -161,8 +160,7 @@ impl Gateway {
             in_flight: Arc::new(Semaphore::new(options.upstream.max_in_flight)),
             claims: TaskTracker::new(),
             give_up: CancellationToken::new(),
-            tunnels: TaskTracker::new(),
-            close_tunnels: CancellationToken::new(),
+            tunnels: Tunnels::default(),
             options,
             metrics,
         })
@@ -191,20 +189,6 @@ impl Gateway {
     pub async fn settle_open_claims(&self) {
         self.give_up.cancel();
         self.claims_settled().await;
-    }
-
-    /// Waits until no tunnel is open.
-    pub async fn tunnels_ended(&self) {
-        self.tunnels.close();
-        self.tunnels.wait().await;
-    }
-
-    /// Ends every tunnel, those that open later included, and returns how many there were.
-    pub async fn close_tunnels(&self) -> usize {
-        let open = self.tunnels.len();
-        self.close_tunnels.cancel();
-        self.tunnels_ended().await;
-        open
     }
 
     /// How many claims are open.

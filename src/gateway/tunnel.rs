@@ -20,6 +20,8 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 /// When a tunnel ends though neither side has ended it. An open tunnel may be silent for as long as it likes.
 #[derive(Clone, Copy, Debug)]
@@ -79,7 +81,29 @@ fn offered(headers: &HeaderMap) -> Option<HeaderValue> {
     HeaderValue::from_bytes(&protocols).ok().filter(|protocols| !protocols.is_empty())
 }
 
+/// All tunnels.
+#[derive(Default)]
+pub(super) struct Tunnels {
+    tasks: TaskTracker,
+    /// Cancelled when they have had their time.
+    close: CancellationToken,
+}
+
 impl Gateway {
+    /// Waits until no tunnel is open.
+    pub async fn tunnels_ended(&self) {
+        self.tunnels.tasks.close();
+        self.tunnels.tasks.wait().await;
+    }
+
+    /// Ends every tunnel, those that open later included, and returns how many there were.
+    pub async fn close_tunnels(&self) -> usize {
+        let open = self.tunnels.tasks.len();
+        self.tunnels.close.cancel();
+        self.tunnels_ended().await;
+        open
+    }
+
     /// Answers the client with the upstream's 101, and carries bytes both ways from then on, in a task of its own.
     pub(super) fn open_tunnel(
         self: &Arc<Self>,
@@ -99,9 +123,9 @@ impl Gateway {
         parts.version = Version::HTTP_11;
         parts.extensions.clear();
 
-        let (limits, close) = (self.options.tunnels, self.close_tunnels.clone());
+        let (limits, close) = (self.options.tunnels, self.tunnels.close.clone());
         let open = Open::new(self.metrics.clone());
-        self.tunnels.spawn(async move {
+        self.tunnels.tasks.spawn(async move {
             let _open = open;
             let carried = async {
                 // The client's side is there once the 101 has been written.

@@ -228,3 +228,45 @@ fn identity(cert: &Path, key: &Path, errors: &mut Vec<FileError>) -> Option<Cert
     let certified = CertifiedKey::from_der(chain?, private?, &default_provider());
     certified.map_err(|error| errors.push(wrong(format!("does not fit the certificate: {error}")))).ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rcgen::{CertificateParams, KeyPair};
+
+    #[test]
+    fn a_reload_takes_what_is_sound_and_keeps_what_was_otherwise() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let write = |name: &str| {
+            let key = KeyPair::generate().unwrap();
+            let certificate = CertificateParams::new(vec!["client".to_owned()]).unwrap().self_signed(&key).unwrap();
+            std::fs::write(path("ca"), certificate.pem()).unwrap();
+            std::fs::write(path("cert"), certificate.pem()).unwrap();
+            std::fs::write(path(name), key.serialize_pem()).unwrap();
+        };
+        write("key");
+        let options = Options {
+            server_name: ServerName::try_from("a").unwrap(),
+            ca: Some(path("ca")),
+            identity: Some((path("cert"), path("key"))),
+        };
+        let connector = Connector::load(options).unwrap();
+        let config = || Arc::clone(&connector.config.read().unwrap());
+        let first = config();
+        // A new certificate whose key has not been put in place yet.
+        write("another-key");
+        let errors = connector.reload().unwrap_err();
+        assert_eq!(errors.iter().map(|error| error.key).collect::<Vec<_>>(), ["key"], "{errors:?}");
+        assert!(Arc::ptr_eq(&first, &config()));
+        std::fs::rename(path("another-key"), path("key")).unwrap();
+        connector.reload().unwrap();
+        assert!(!Arc::ptr_eq(&first, &config()));
+
+        std::fs::remove_file(path("ca")).unwrap();
+        std::fs::write(path("cert"), "").unwrap();
+        let errors = connector.reload().unwrap_err();
+        assert_eq!(errors.iter().map(|error| error.key).collect::<Vec<_>>(), ["ca", "cert"], "{errors:?}");
+        assert!(!format!("{connector:?}").contains("PRIVATE"));
+    }
+}
