@@ -5,6 +5,7 @@
 pub mod client;
 pub mod gateway;
 pub mod upstream;
+pub mod wire;
 
 pub use client::{Client, Response, call, post, request};
 pub use gateway::Gateway;
