@@ -361,7 +361,7 @@ async fn exchange(gateway: Arc<Gateway>, request: Request<ForwardBody>, limit: u
         Err(error) => return (Exchange::Failed(error), reservation),
     };
     let (head, mut rest) = response.into_parts();
-    if head.status.is_informational() {
+    if head.status.is_informational() || !headers::is_soundly_framed(&head.headers) {
         return (Exchange::Malformed("http_protocol_error"), reservation);
     }
     let mut read = Vec::new();

@@ -8,7 +8,7 @@ use super::upstream::{Connection, HostPolicy, Passing, SendError};
 use super::{Gateway, Peer};
 use crate::telemetry::{Outcome, RouteMetrics};
 use bytes::Bytes;
-use http::header::{ALLOW, HOST};
+use http::header::{ALLOW, CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use http::{HeaderValue, Method, Request, Response, StatusCode, Version};
 use http_body::Body;
 use hyper::body::Incoming;
@@ -38,6 +38,10 @@ impl Gateway {
         let sent = if body.is_end_stream() {
             self.send_passing(Request::from_parts(parts, ForwardBody::Full(None)), None).await
         } else {
+            if !parts.headers.contains_key(CONTENT_LENGTH) {
+                // The HTTP library would send a GET without its body.
+                parts.headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+            }
             let (upload, progress) = Upload::new(body, self.options.body_timeout);
             self.send_passing(Request::from_parts(parts, ForwardBody::Upload(upload)), Some(progress)).await
         };
@@ -100,8 +104,8 @@ impl Gateway {
 
     fn pass_back(&self, response: Response<Incoming>, connection: Connection) -> Response<ReplyBody> {
         let (mut parts, body) = response.into_parts();
-        if parts.status.is_informational() {
-            // An upgrade that nobody asked for: the request's own Upgrade was not passed on.
+        if parts.status.is_informational() || !headers::is_soundly_framed(&parts.headers) {
+            // An upgrade that nobody asked for (the request's own Upgrade was not passed on), or no clear end.
             return Problem::upstream_broken("http_protocol_error").into_response(false);
         }
         strip_hop_by_hop(&mut parts.headers);
