@@ -2,6 +2,7 @@
 
 use crate::rows::Expect::{Last, Reads, Refused};
 use crate::rows::{Row, framed, run, whole};
+use crate::support::{Client, Gateway, Upstream};
 
 #[rustfmt::skip] // One row, one line.
 const LINES: &[Row] = &[
@@ -74,6 +75,8 @@ const TARGETS: &[Row] = &[
     // No part of a target; the HTTP library cuts it off before anybody sees it, and the upstream does not get it.
     whole("RFC 9112 §3.2", "a fragment", b"GET /x#/../posts HTTP/1.1\r\nHost: a\r\n\r\n", Reads(&["GET /x"])),
     whole("RFC 9112 §3.2", "a fragment of a route", b"POST {T}#x HTTP/1.1\r\nHost: a\r\n{K}Content-Length: 2\r\n\r\n{}", Reads(&["POST {T} {}"])),
+    whole("RFC 9112 §3.2", "a fragment alone", b"GET #x HTTP/1.1\r\nHost: a\r\n\r\n", Refused(400)),
+    whole("RFC 3986 §2", "a quotation mark in a query", b"GET /x?a=\"b\" HTTP/1.1\r\nHost: a\r\n\r\n", Refused(400)),
     whole("RFC 3986 §2", "a NUL", b"GET /x\x00y HTTP/1.1\r\nHost: a\r\n\r\n", Refused(400)),
     whole("RFC 3986 §2", "a control character", b"GET /x\x01 HTTP/1.1\r\nHost: a\r\n\r\n", Refused(400)),
     whole("RFC 3986 §2", "a tab", b"GET /x\ty HTTP/1.1\r\nHost: a\r\n\r\n", Refused(400)),
@@ -145,4 +148,23 @@ fn targets() {
 #[test]
 fn hosts() {
     run(HOSTS, "");
+}
+
+#[test]
+fn more_than_a_hundred_field_lines_are_a_431() {
+    let upstream = Upstream::counting();
+    let gateway = Gateway::start(&upstream, "");
+    for target in ["/x", "/posts"] {
+        let lines = |count: usize| {
+            let lines = (0..count).map(|n| format!("X-{n}: y\r\n")).collect::<String>();
+            format!("POST {target} HTTP/1.1\r\nHost: a\r\nIdempotency-Key: k\r\nContent-Length: 0\r\n{lines}\r\n")
+        };
+        let before = upstream.count();
+        let mut client = Client::connect(gateway.addr);
+        client.send(lines(98));
+        client.read().expect_problem(431, "headers_too_large");
+        assert!(client.at_end());
+        assert_eq!(upstream.count(), before);
+        assert_eq!(gateway.call(lines(97)).status, 201, "{target}");
+    }
 }

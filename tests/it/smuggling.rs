@@ -2,7 +2,8 @@
 //! reads what no parser can read in two ways.
 
 use crate::rows::Expect::{Cut, Last, Reads, Refused, ThenRefused};
-use crate::rows::{Row, framed, run, whole};
+use crate::rows::{HIDDEN, Row, framed, run, whole};
+use crate::support::{Client, Gateway, Upstream, request};
 
 #[rustfmt::skip] // One row, one line.
 const LENGTHS: &[Row] = &[
@@ -204,4 +205,28 @@ fn trailers() {
 #[test]
 fn sequences_of_requests() {
     run(SEQUENCES, "");
+}
+
+#[test]
+fn the_unread_chunks_of_a_refused_request_are_never_the_next_request() {
+    let upstream = Upstream::counting();
+    let gateway = Gateway::start(&upstream, "server.limits.max_body = \"16B\"");
+    let chunks = format!("Transfer-Encoding: chunked\r\n\r\n21\r\n{HIDDEN}\r\n0\r\n\r\n");
+    for (key, code) in [("Idempotency-Key:", "key_invalid"), ("Idempotency-Key: k", "body_too_large")] {
+        let head = format!("POST /posts HTTP/1.1\r\nHost: a\r\n{key}\r\n");
+        for at in [0, 1, chunks.len() - HIDDEN.len() - 8] {
+            let text = format!("{head}{chunks}");
+            let (first, rest) = text.split_at(head.len() + at);
+            let mut client = Client::connect(gateway.addr);
+            client.send(first);
+            client.try_send(rest);
+            assert_eq!(client.read().json()["code"], code);
+            client.try_send(request("GET", "/next", &[("Connection", "close")], ""));
+            if let Some(next) = client.try_read() {
+                assert_eq!(next.status, 201, "{next:?}");
+                assert!(client.at_end());
+            }
+        }
+    }
+    assert!(upstream.requests().iter().all(|seen| seen.target == "/next"), "{:?}", upstream.requests());
 }

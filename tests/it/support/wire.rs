@@ -1,6 +1,5 @@
 //! HTTP/1.1 on the wire, read by the letter of RFC 9112: of what this parser takes, no other can make something else.
 
-use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -301,7 +300,7 @@ struct Shared {
     messages: Mutex<Vec<Result<Message, String>>>,
     connections: AtomicUsize,
     bytes: Arc<AtomicUsize>,
-    answers: Mutex<HashMap<String, Vec<u8>>>,
+    answer: Mutex<Option<Vec<u8>>>,
 }
 
 /// An upstream that reads by the letter, and answers a request with [`Message::echo`] or as it has been told.
@@ -325,6 +324,10 @@ impl Tap {
         tap
     }
 
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
     pub fn url(&self) -> String {
         format!("http://{}", self.addr)
     }
@@ -338,9 +341,9 @@ impl Tap {
         }
     }
 
-    /// From now on answers requests for this target with these bytes; without a length in them, the connection ends.
-    pub fn answer(&self, target: &str, bytes: &[u8]) {
-        self.shared.answers.lock().unwrap().insert(target.to_owned(), bytes.to_vec());
+    /// From now on answers requests with these bytes (without a length in them, the connection ends), or as before.
+    pub fn answer(&self, bytes: Option<&[u8]>) {
+        *self.shared.answer.lock().unwrap() = bytes.map(<[u8]>::to_vec);
     }
 }
 
@@ -353,7 +356,7 @@ fn serve(stream: TcpStream, shared: &Shared) {
             Err(wrong) => return shared.messages.lock().unwrap().push(Err(wrong)),
         };
         let echo = message.echo();
-        let told = shared.answers.lock().unwrap().get(message.start.split(' ').nth(1).unwrap_or("")).cloned();
+        let told = shared.answer.lock().unwrap().clone();
         shared.messages.lock().unwrap().push(Ok(message));
         let answer = told.unwrap_or_else(|| {
             let body = if echo.starts_with("HEAD ") { "" } else { echo.as_str() };
