@@ -376,3 +376,20 @@ fn a_final_answer_before_the_upload_has_ended_reaches_the_client() {
         assert!(second.join().unwrap().starts_with("GET /next HTTP/1.1\r\n"));
     }
 }
+
+#[test]
+fn a_final_answer_before_an_intercepted_request_is_read_is_its_record() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let gateway = Gateway::start_before(&format!("http://{}", listener.local_addr().unwrap()), "server.workers = 1");
+    let text = post("/posts", "k", &"x".repeat(900_000));
+    let mut client = Client::connect(gateway.addr);
+    client.send(&text);
+    let mut server = Client::from(listener.accept().unwrap().0);
+    server.read_some().unwrap();
+    server.send("HTTP/1.1 413 Content Too Large\r\nContent-Length: 2\r\n\r\nno");
+    let answer = client.read();
+    assert_eq!((answer.status, answer.text().as_str(), answer.replayed()), (413, "no", false));
+    let retry = gateway.call(&text);
+    assert_eq!((retry.status, retry.text().as_str(), retry.replayed()), (413, "no", true));
+    drop(server);
+}

@@ -98,6 +98,8 @@ const RESPONSES: &[Row] = &[
     head("RFC 9110 §9.3.2", "HEAD with a list of lengths", b"HTTP/1.1 200 OK\r\nContent-Length: 1234, 1234\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 1234\r\n\r\n"),
     // A transfer coding says nothing to HEAD; it is not passed on.
     head("RFC 9112 §6.1", "HEAD with a coding", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n"),
+    head("RFC 9112 §6.3", "HEAD with a body", b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nPOISON", b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\n"),
+    head("RFC 9112 §6.3", "HEAD with a response behind", b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nPOISON", b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\n"),
     head("RFC 9110 §9.3.2", "HEAD without a length", b"HTTP/1.1 200 OK\r\nX: y\r\n\r\n", b"HTTP/1.1 200 OK\r\nx: y\r\n\r\n"),
 ];
 

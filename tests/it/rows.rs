@@ -1,7 +1,8 @@
 //! Tables of requests: one row, one behaviour. Each row runs as a pass-through and, where it can, as an intercepted POST.
 
-use crate::support::Gateway;
 use crate::support::wire::{CUT_OFF, Message, Tap, Wire};
+use crate::support::{Gateway, PATIENCE};
+use std::time::{Duration, Instant};
 
 /// What would be a request of its own, were it not a body. 33 bytes.
 pub const HIDDEN: &str = "GET /hidden HTTP/1.1\r\nHost: a\r\n\r\n";
@@ -109,6 +110,19 @@ impl Row {
         if reads.is_empty() && !streamed && (seen.bytes, seen.connections) != (0, 0) {
             return Err(format!("the upstream has seen something: {seen:?}"));
         }
+        let is_cut = |message: &Result<Message, String>| message.as_ref().is_err_and(|why| why == CUT_OFF);
+        let mut messages = seen.messages;
+        if streamed && seen.bytes > 0 {
+            // What has begun there must end there, too.
+            let deadline = Instant::now() + PATIENCE;
+            while !messages.iter().any(is_cut) {
+                if Instant::now() > deadline {
+                    return Err("the upstream still waits for the rest".to_owned());
+                }
+                std::thread::sleep(Duration::from_millis(1)); // Between two looks.
+                messages.extend(tap.seen().messages);
+            }
+        }
         if !goes_on {
             wire = Wire::connect(gateway.addr);
         }
@@ -121,9 +135,8 @@ impl Row {
         if answer.body != next_echo.as_bytes() {
             return Err(format!("next: {}", answer.text()));
         }
-        let messages = [seen.messages, tap.seen().messages].concat();
+        messages.extend(tap.seen().messages);
         // The end of a connection may be noticed later than the answer.
-        let is_cut = |message: &Result<Message, String>| message.as_ref().is_err_and(|why| why == CUT_OFF);
         let whole = messages.into_iter().filter(|message| !(streamed && is_cut(message)));
         let echoes = whole.map(|message| message.map(|message| message.echo())).collect::<Result<Vec<_>, _>>()?;
         let all = [reads, vec![next_echo.to_owned()]].concat();
