@@ -11,7 +11,7 @@ pub struct Row {
     pub rfc: &'static str,
     pub name: &'static str,
     before: &'static str,
-    /// `{T}`: the target; `{K}`: the lines of key and credentials; `{HIDDEN}`: [`HIDDEN`].
+    /// `{T}`: the target; `{K}`: the lines of key and credentials; `{HIDDEN}`: [`HIDDEN`]; `{LONG}`: 70,000 letters.
     send: &'static [u8],
     expect: Expect,
 }
@@ -76,8 +76,9 @@ impl Row {
     fn check(&self, tap: &Tap, gateway: &Gateway, way: Way, key: &str) -> Result<(), String> {
         let keyed = format!("Authorization: Bearer a\r\nIdempotency-Key: {key}\r\n");
         let (target, keyed) = if way == Way::Intercepted { ("/posts", keyed.as_str()) } else { ("/x", "") };
+        let long = "x".repeat(70_000);
         let fill = |text: &[u8]| {
-            [("{T}", target), ("{K}", keyed), ("{HIDDEN}", HIDDEN)]
+            [("{T}", target), ("{K}", keyed), ("{HIDDEN}", HIDDEN), ("{LONG}", &long)]
                 .iter()
                 .fold(text.to_vec(), |text, (from, to)| replace(&text, from.as_bytes(), to.as_bytes()))
         };
