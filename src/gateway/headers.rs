@@ -3,7 +3,8 @@
 use super::Peer;
 use super::problem::{Code, Problem};
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderName, HeaderValue, TE, TRANSFER_ENCODING, UPGRADE, VIA,
+    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderName, HeaderValue, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION,
+    TE, TRANSFER_ENCODING, UPGRADE, VIA,
 };
 use http::uri::{Authority, PathAndQuery};
 use http::{HeaderMap, Method, Request, Uri, Version};
@@ -65,9 +66,61 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if headers.remove(TRANSFER_ENCODING).is_some() {
         headers.remove(CONTENT_LENGTH);
     }
-    for name in [&KEEP_ALIVE, &PROXY_CONNECTION, &TE, &UPGRADE, &HTTP2_SETTINGS] {
+    for name in [
+        &KEEP_ALIVE,
+        &PROXY_CONNECTION,
+        &PROXY_AUTHENTICATE,
+        &PROXY_AUTHORIZATION,
+        &TE,
+        &UPGRADE,
+        &HTTP2_SETTINGS,
+    ] {
         headers.remove(name);
     }
+    if let Some(len) = headers.get(CONTENT_LENGTH)
+        && (headers.get_all(CONTENT_LENGTH).iter().nth(1).is_some() || !is_plain_number(len.as_bytes()))
+        && let Some(len) = the_length(headers)
+    {
+        headers.insert(CONTENT_LENGTH, len.into());
+    }
+}
+
+/// Whether it is a number that nobody reads otherwise: some take leading zeros for octal.
+fn is_plain_number(text: &[u8]) -> bool {
+    text.iter().all(u8::is_ascii_digit) && (text.len() == 1 || !text.starts_with(b"0"))
+}
+
+/// The length that a message declares, once or over and over (RFC 9110 §8.6).
+fn the_length(headers: &HeaderMap) -> Option<u64> {
+    let mut lens = list(headers, &CONTENT_LENGTH).map(|len| {
+        let digits = std::str::from_utf8(len).ok().filter(|len| len.bytes().all(|byte| byte.is_ascii_digit()))?;
+        digits.parse::<u64>().ok()
+    });
+    let first = lens.next()??;
+    lens.all(|len| len == Some(first)).then_some(first)
+}
+
+/// Whether nobody reads a response's end in another place (RFC 9112 §6.3): no transfer coding but one "chunked", which is
+/// all that was asked for, and no length but one number.
+#[must_use]
+pub fn is_soundly_framed(headers: &HeaderMap) -> bool {
+    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    match (codings.next(), codings.next()) {
+        (None, _) => !headers.contains_key(CONTENT_LENGTH) || the_length(headers).is_some(),
+        (Some(coding), None) => coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked"),
+        (Some(_), Some(_)) => false,
+    }
+}
+
+/// Whether an authority is a host with an optional port, and nothing else (RFC 9110 §7.2, RFC 3986 §3.2.3).
+fn is_host_and_port(authority: &Authority) -> bool {
+    let port = authority.as_str().strip_prefix(authority.host());
+    port.is_some_and(|port| match port.strip_prefix(':') {
+        None => port.is_empty(),
+        Some(digits) => {
+            digits.bytes().all(|byte| byte.is_ascii_digit()) && digits.parse::<u16>().is_ok() || digits.is_empty()
+        }
+    })
 }
 
 /// Refuses what the HTTP library lets through but a proxy must not pass on, and settles what the request's host is:
@@ -79,6 +132,10 @@ pub fn check<B>(request: &mut Request<B>, default_host: &HeaderValue) -> Result<
     let bad = |detail: &'static str| Problem::new(Code::BadRequest, detail);
     if request.method() == Method::CONNECT {
         return Err(bad("CONNECT is not supported: this is a reverse proxy."));
+    }
+    // RFC 9112 §3.2.4.
+    if request.uri().path() == "*" && request.method() != Method::OPTIONS {
+        return Err(bad("The target \"*\" is for OPTIONS alone."));
     }
     let codings = request.headers().get_all(TRANSFER_ENCODING);
     let mut codings = codings.iter();
@@ -97,7 +154,7 @@ pub fn check<B>(request: &mut Request<B>, default_host: &HeaderValue) -> Result<
         return Err(bad("Host and Content-Length must not be named in Connection."));
     }
     if let Some(host) = host.as_ref().filter(|host| !host.is_empty())
-        && Authority::try_from(host.as_bytes()).map_or(true, |authority| authority.as_str().contains('@'))
+        && !Authority::try_from(host.as_bytes()).is_ok_and(|authority| is_host_and_port(&authority))
     {
         return Err(bad("The Host line is not a host with an optional port."));
     }
@@ -109,8 +166,8 @@ pub fn check<B>(request: &mut Request<B>, default_host: &HeaderValue) -> Result<
         check_http2(request, host.is_some())?;
     }
     if let Some(authority) = request.uri().authority().cloned() {
-        if !matches!(request.uri().scheme_str(), Some("http" | "https")) || authority.as_str().contains('@') {
-            return Err(bad("An absolute target must be http or https, without user information."));
+        if !matches!(request.uri().scheme_str(), Some("http" | "https")) || !is_host_and_port(&authority) {
+            return Err(bad("An absolute target must be http or https, with a host and an optional port."));
         }
         let same = |host: &HeaderValue| host.as_bytes().eq_ignore_ascii_case(authority.as_str().as_bytes());
         if !host.is_none_or(|host| same(&host)) {

@@ -9,7 +9,7 @@ use super::upstream::{Connection, HostPolicy, Passing, SendError};
 use super::{Gateway, Peer};
 use crate::telemetry::{Outcome, RouteMetrics};
 use bytes::Bytes;
-use http::header::{ALLOW, HOST};
+use http::header::{ALLOW, CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use http::{HeaderValue, Method, Request, Response, StatusCode, Version};
 use http_body::Body;
 use hyper::body::Incoming;
@@ -43,6 +43,10 @@ impl Gateway {
         let (body, upload) = if body.is_end_stream() {
             (ForwardBody::Full(None), None)
         } else {
+            if !parts.headers.contains_key(CONTENT_LENGTH) {
+                // The HTTP library would send a GET without its body.
+                parts.headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+            }
             let (upload, progress) = Upload::new(body, self.options.body_timeout);
             (ForwardBody::Upload(upload), Some(progress))
         };

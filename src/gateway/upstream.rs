@@ -4,7 +4,7 @@ mod connect;
 pub mod tls;
 
 use super::body::ForwardBody;
-use super::headers::keep_alive_seconds;
+use super::headers::{is_soundly_framed, keep_alive_seconds};
 use super::reply::BodyError;
 use crate::telemetry::Metrics;
 use bytes::Bytes;
@@ -232,11 +232,8 @@ fn check(response: &Response<Incoming>, upgrade: bool) -> Result<(), SendError> 
     if response.status() == StatusCode::SWITCHING_PROTOCOLS && !upgrade {
         return Err(SendError::Malformed("101 to a request without Upgrade"));
     }
-    // No other coding was asked for (`TE`), and what it does to the body would get lost with the field (RFC 9112 §6.1).
-    let mut codings = response.headers().get_all(TRANSFER_ENCODING).iter();
-    let chunked = |coding: &HeaderValue| coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked");
-    if codings.next().is_some_and(|coding| !chunked(coding)) || codings.next().is_some() {
-        return Err(SendError::Malformed("a transfer coding other than one \"chunked\""));
+    if !is_soundly_framed(response.headers()) {
+        return Err(SendError::Malformed("a response whose end is in doubt"));
     }
     Ok(())
 }

@@ -161,6 +161,11 @@ impl Client {
         Some(std::mem::take(&mut self.buffer))
     }
 
+    /// Gives back what was read from the stream directly.
+    pub fn put_back(&mut self, bytes: Vec<u8>) {
+        self.buffer.splice(0..0, bytes);
+    }
+
     /// Whether the gateway has ended the connection, with nothing more to read. Waits for it.
     pub fn at_end(&mut self) -> bool {
         self.buffer.is_empty()

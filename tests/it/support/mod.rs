@@ -8,6 +8,7 @@ pub mod h2;
 pub mod tls;
 pub mod tls_front;
 pub mod upstream;
+pub mod wire;
 
 pub use client::{Client, Response, call, post, request};
 pub use gateway::Gateway;

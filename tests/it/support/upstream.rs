@@ -69,10 +69,10 @@ impl Reply<'_> {
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 
-    /// Ends the connection with a reset.
+    /// Ends the connection with a reset, and no orderly end before it.
     pub fn reset(&mut self) {
         super::reset(self.stream);
-        self.close();
+        self.keep = false;
     }
 
     /// Waits until the gateway closes the connection; whether it did so in time.
@@ -224,6 +224,10 @@ impl Gate {
     pub fn open(&self) {
         *self.0.0.lock().unwrap() = true;
         self.0.1.notify_all();
+    }
+
+    pub fn is_open(&self) -> bool {
+        *self.0.0.lock().unwrap()
     }
 
     pub fn wait(&self) {
