@@ -22,6 +22,62 @@ fn variables(text: &str) -> Vec<(String, String)> {
     text.lines().filter_map(variable).collect()
 }
 
+/// Settings that depend on one another, each with a few values, of which some are right.
+const SETTINGS: [(&str, &[&str]); 22] = [
+    ("server.listen", &["\"127.0.0.1:9090\"", "[\"a:1\", \"A:1\"]", "[]", "\"unix:/a\"", "\"0.0.0.0:0\""]),
+    ("server.workers", &["0", "1024", "1025", "-1"]),
+    ("server.trusted_proxies", &["[]", "[\"::1\"]", "[\"x\"]"]),
+    ("server.limits.max_body", &["0", "\"2MiB\"", "\"1GiB\""]),
+    ("server.limits.max_buffered", &["1", "\"2MiB\"", "\"512MiB\""]),
+    ("admin.listen", &["\"a:1\"", "\"127.0.0.1:8080\"", "\"unix:/a\"", "\"0.0.0.0:0\""]),
+    ("upstream.response_timeout", &["\"0s\"", "\"1ms\"", "\"36600d\"", "\"36601d\""]),
+    ("upstream.late_window", &["\"0s\"", "\"36600d\""]),
+    ("store.engine", &["\"memory\"", "\"sled\"", "\"redis\""]),
+    (
+        "*.scope",
+        &["[\"path\"]", "[\"header:x-a\"]", "[\"path:a\", \"host\"]", "[\"cookie:a\"]", "[\"host\", \"host\"]", "[]"],
+    ),
+    ("*.missing_key", &["\"derive\"", "\"pass\""]),
+    ("*.fingerprint", &["\"none\"", "\"json\"", "\"raw\""]),
+    ("*.fingerprint_ignore", &["[\"/a\"]", "[\"a\"]", "[\"\"]"]),
+    ("*.trusted_headers", &["[\"x-a\"]", "[]", "[\"X-B\"]"]),
+    ("*.credential_headers", &["[\"x-a\"]", "[]", "[\"x-b\"]"]),
+    ("*.replay_auth", &["\"none\"", "\"scope\""]),
+    ("*.retention", &["\"0s\"", "\"1ms\""]),
+    ("*.header", &["\"Host\"", "\"x-a\"", "\"\""]),
+    ("*.outcomes.final", &["[\"5xx\"]", "[\"503\"]", "[\"5\"]"]),
+    ("*.outcomes.unknown", &["[\"5xx\"]", "[]"]),
+    ("routes.path", &["\"/a/{a}\"", "\"/A/{b}\"", "\"/{*a}\"", "\"/a/{a}/{a}\"", "\"/b\""]),
+    ("routes.case_sensitive", &["false", "true"]),
+];
+
+/// Writes a file of such settings, each at most once in its table: `[idempotency]`, and one or two routes.
+fn assemble(choices: &[u8]) -> String {
+    let mut chosen = std::collections::BTreeMap::new();
+    for choice in choices.chunks_exact(2) {
+        let (key, values) = SETTINGS[usize::from(choice[0]) % SETTINGS.len()];
+        let (table, key) = key.split_once('.').unwrap();
+        let value = usize::from(choice[1]);
+        let table = match (table, value / 64) {
+            ("*", 0 | 1) => "1 idempotency",
+            ("*" | "routes", 2) => "3 [routes]",
+            ("*" | "routes", _) => "2 [routes]",
+            _ => table,
+        };
+        chosen.insert((table, key), values[value % values.len()]);
+    }
+    let mut text = String::new();
+    let mut last = "";
+    for ((table, key), value) in chosen {
+        if table != last {
+            text.push_str(&format!("[{}]\n", table.trim_start_matches(|c: char| c.is_ascii_digit() || c == ' ')));
+            last = table;
+        }
+        text.push_str(&format!("{key} = {value}\n"));
+    }
+    text
+}
+
 /// Each error is one line: `f.toml:LINE: KEY: …`, `VARIABLE: KEY: …`, or `f.toml: KEY: …` where a default is at fault.
 fn check_errors(lines: &[String], text: &str, variables: &[(String, String)]) {
     assert!(!lines.is_empty(), "refused, but nothing is wrong");
@@ -102,7 +158,13 @@ fn check_config(config: &Config) {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let Ok(text) = std::str::from_utf8(data) else { return };
+    check(&assemble(data));
+    if let Ok(text) = std::str::from_utf8(data) {
+        check(text);
+    }
+});
+
+fn check(text: &str) {
     let variables = variables(text);
     let parsed = parse(FILE, text, variables.clone(), &Flags::default());
     let again = parse(FILE, text, variables.iter().rev().cloned(), &Flags::default());
@@ -120,4 +182,4 @@ fuzz_target!(|data: &[u8]| {
     if names.len() == variables.len() {
         assert_eq!(format!("{parsed:?}"), format!("{again:?}"));
     }
-});
+}

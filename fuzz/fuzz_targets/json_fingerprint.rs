@@ -261,7 +261,6 @@ enum Shape {
     ShortText(u8),
     Array(Vec<Shape>),
     Object(Vec<(u8, Shape)>),
-    Named(Vec<(String, Shape)>),
     Deep(u8, Box<Shape>),
 }
 
@@ -284,28 +283,39 @@ const NUMBERS: [&str; 14] = [
 const NAMES: [&str; 12] = ["", "a", "b", "ab", "aa", "0", "1", "~", "a/b", "é", "\u{10ffff}", "\""];
 
 impl Shape {
-    fn json(self, depth: usize) -> Json {
-        let name = |n: u8| NAMES[usize::from(n) % NAMES.len()].to_owned();
+    /// Members stand as they come, repeated names among them.
+    fn write(&self, out: &mut String) {
+        let name = |n: u8| NAMES[usize::from(n) % NAMES.len()];
+        let plainly = |text: &str, out: &mut String| write_text(text, &mut Unstructured::new(&[]), out);
+        let comma = |n: usize| if n > 0 { "," } else { "" };
         match self {
-            _ if depth > 120 => Json::Word("null"),
-            Self::Word(n) => Json::Word(["null", "true", "false"][usize::from(n) % 3]),
-            Self::Number(n) => Json::Number(NUMBERS[usize::from(n) % NUMBERS.len()].to_owned()),
-            Self::Text(text) => Json::Text(text),
-            Self::ShortText(n) => Json::Text(name(n)),
-            Self::Array(items) => Json::Array(items.into_iter().map(|item| item.json(depth + 1)).collect()),
+            Self::Word(n) => out.push_str(["null", "true", "false"][usize::from(*n) % 3]),
+            Self::Number(n) => out.push_str(NUMBERS[usize::from(*n) % NUMBERS.len()]),
+            Self::Text(text) => plainly(text, out),
+            Self::ShortText(n) => plainly(name(*n), out),
+            Self::Array(items) => {
+                out.push('[');
+                for (n, item) in items.iter().enumerate() {
+                    out.push_str(comma(n));
+                    item.write(out);
+                }
+                out.push(']');
+            }
             Self::Object(members) => {
-                Json::Object(members.into_iter().map(|(n, value)| (name(n), value.json(depth + 1))).collect())
+                out.push('{');
+                for (n, (key, value)) in members.iter().enumerate() {
+                    out.push_str(comma(n));
+                    plainly(name(*key), out);
+                    out.push(':');
+                    value.write(out);
+                }
+                out.push('}');
             }
-            Self::Named(members) => {
-                Json::Object(members.into_iter().map(|(name, value)| (name, value.json(depth + 1))).collect())
-            }
-            Self::Deep(n, inner) => {
-                let levels = usize::from(n) % 16;
-                let inner = inner.json(depth + levels);
-                (0..levels).fold(inner, |inner, level| match level % 2 {
-                    0 => Json::Array(vec![inner]),
-                    _ => Json::Object(BTreeMap::from([("a".to_owned(), inner)])),
-                })
+            Self::Deep(levels, inner) => {
+                let levels = usize::from(*levels) % 20;
+                (0..levels).for_each(|level| out.push_str(if level % 2 == 0 { "[" } else { "{\"a\":" }));
+                inner.write(out);
+                (0..levels).rev().for_each(|level| out.push(if level % 2 == 0 { ']' } else { '}' }));
             }
         }
     }
@@ -479,7 +489,7 @@ fuzz_target!(|data: &[u8]| {
     let mut input = Unstructured::new(data);
     if let Ok(shape) = Shape::arbitrary(&mut input) {
         let mut text = String::new();
-        write(&shape.json(0), &mut Unstructured::new(&[]), &mut text);
+        shape.write(&mut text);
         check_spellings(text.as_bytes(), &mut input);
     }
     // Brackets that nothing closes, or too many of them, in any mixture.
