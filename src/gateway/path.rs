@@ -89,11 +89,10 @@ pub fn matches(pattern: &Pattern, case_sensitive: bool, path: &NormalPath) -> Op
 /// What a path is under every reading that some upstreams use: case ignored; `%2F`, `%5C` or `\` taken for `/`;
 /// `;parameters` cut off; any escape decoded, once or more; cut at an escaped `?`, `#` or NUL; slashes merged, or dot
 /// segments removed, before or after any of these.
-pub struct Readings(Option<BTreeSet<Vec<u8>>>);
+pub struct Readings(Option<Vec<NormalPath>>);
 
 impl Readings {
-    /// Finds every text that the transformations lead to. Each shortens the text or replaces an escape or a backslash,
-    /// so this ends by itself; the bounds are for a text that is escaped over and over.
+    /// Follows the transformations wherever they lead. The bounds are for a text that is escaped over and over.
     #[must_use]
     pub fn new(raw: &[u8]) -> Self {
         const READINGS_MAX: usize = 512;
@@ -116,16 +115,14 @@ impl Readings {
                 todo.push(next);
             }
         }
-        Self(Some(seen))
+        Self(Some(seen.iter().map(|text| NormalPath::new(text)).collect()))
     }
 
     /// Whether the path would match the pattern under one of them. A path with more readings than anyone writes in good
     /// faith might match anything.
     #[must_use]
     pub fn may_match(&self, pattern: &Pattern) -> bool {
-        self.0.as_ref().is_none_or(|readings| {
-            readings.iter().any(|reading| matches(pattern, false, &NormalPath::new(reading)).is_some())
-        })
+        self.0.as_ref().is_none_or(|readings| readings.iter().any(|path| matches(pattern, false, path).is_some()))
     }
 }
 
