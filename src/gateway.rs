@@ -30,7 +30,7 @@ use http::{HeaderName, HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
 use ipnet::IpNet;
 use key::Key;
-use path::{NormalPath, Params};
+use path::{NormalPath, Params, Readings};
 use problem::{Code, Problem};
 use reply::ReplyBody;
 use scope::Secret;
@@ -246,9 +246,11 @@ impl Gateway {
 
     /// A keyed POST whose path some upstreams would read as a route of ours must not slip past unprotected.
     fn ambiguous<B>(&self, request: &Request<B>) -> Option<Problem> {
-        let path = request.uri().path().as_bytes();
         let keyed = |route: &&Arc<Route>| request.headers().contains_key(&route.options.header);
-        let route = self.routes.iter().filter(keyed).find(|route| path::may_match(&route.options.pattern, path))?;
+        let mut routes = self.routes.iter().filter(keyed).peekable();
+        routes.peek()?;
+        let readings = Readings::new(request.uri().path().as_bytes());
+        let route = routes.find(|route| readings.may_match(&route.options.pattern))?;
         let pattern = route.options.pattern.as_str();
         let detail = format!("Some servers read this path as {pattern}; send the path in its plain form.");
         Some(Problem::new(Code::PathAmbiguous, detail))

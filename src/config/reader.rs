@@ -89,6 +89,12 @@ impl Node {
 
     /// Puts a value in at a path, making tables on the way.
     pub(super) fn set(&mut self, path: &[&str], node: Self, errors: &mut Errors) {
+        // Far beyond any key of ours. A tree as deep as a variable's name is long would overflow the stack.
+        const STEPS_MAX: usize = 16;
+        if path.len() > STEPS_MAX {
+            errors.add(&node.at, &path.join("."), "there is no such key");
+            return;
+        }
         let mut place = self;
         for step in path {
             let Value::Table(table) = &mut place.value else {

@@ -181,3 +181,21 @@ fn a_flag_whose_section_is_no_table_names_its_key() {
     assert!(found.iter().any(|line| line.starts_with("--listen: server.listen: ")), "{found:?}");
     assert!(found.iter().any(|line| line.starts_with("f.toml:1: server: must be a table")), "{found:?}");
 }
+
+/// A tree is dropped level by level, each on the stack.
+#[test]
+fn nesting_beyond_reason_is_an_error() {
+    let deep = 40_000;
+    let dotted = format!("{}a = 1", "a.".repeat(deep));
+    let header = format!("[{}a]", "a.".repeat(deep));
+    let arrays = format!("server.listen = {}", "[".repeat(deep));
+    let tables = format!("server = {}", "{a=".repeat(deep));
+    for text in [dotted, header, arrays, tables] {
+        assert!(!lines(&text).is_empty(), "{}", &text[..20]);
+    }
+    let name = (format!("ONCEGATE_SERVER{}", "__A".repeat(deep)), "1".to_owned());
+    let value = ("ONCEGATE_SERVER__LISTEN".to_owned(), "[".repeat(deep));
+    for variable in [name, value] {
+        assert_eq!(parse("f.toml", "", [variable], &Flags::default()).unwrap_err().lines.len(), 1);
+    }
+}
