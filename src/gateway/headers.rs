@@ -66,15 +66,9 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if headers.remove(TRANSFER_ENCODING).is_some() {
         headers.remove(CONTENT_LENGTH);
     }
-    for name in [
-        &KEEP_ALIVE,
-        &PROXY_CONNECTION,
-        &PROXY_AUTHENTICATE,
-        &PROXY_AUTHORIZATION,
-        &TE,
-        &UPGRADE,
-        &HTTP2_SETTINGS,
-    ] {
+    for name in
+        [&KEEP_ALIVE, &PROXY_CONNECTION, &PROXY_AUTHENTICATE, &PROXY_AUTHORIZATION, &TE, &UPGRADE, &HTTP2_SETTINGS]
+    {
         headers.remove(name);
     }
     if let Some(len) = headers.get(CONTENT_LENGTH)
