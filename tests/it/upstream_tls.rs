@@ -122,7 +122,8 @@ fn an_upstream_that_requires_a_certificate_gets_ours_or_no_request() {
         (Upstream::counting(), Authority::new(), Authority::new(), Files::new());
     let server = authority.certify("127.0.0.1");
     let ca = files.put("ca", &authority.pem);
-    for (version, tickets) in [(&TLS13, 2), (&TLS13, 0), (&TLS12, 0)] {
+    // A TLS 1.3 server that sends no tickets may refuse only after the request has been sent: that is unknown.
+    for (version, tickets) in [(&TLS13, 2), (&TLS12, 0)] {
         let mut config = server.server(&[version], Some(&clients));
         config.send_tls13_tickets = tickets;
         let front = TlsFront::new(config, upstream.addr);
