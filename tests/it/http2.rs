@@ -168,7 +168,7 @@ fn what_is_malformed_is_refused_before_the_upstream_and_the_connection_goes_on()
         and(("proxy-connection", "close")),
         and(("upgrade", "websocket")),
         and(("te", "gzip")),
-        and((":late", "1")),
+        hpack(&[&pseudo("/x")[..3], &[("x", "1"), (":path", "/late")]].concat()),
         and((":path", "/twice")),
         hpack(&pseudo("/x")[1..]),
         hpack(&pseudo("/x")[..3]),
