@@ -168,11 +168,18 @@ fn what_is_malformed_is_refused_before_the_upstream_and_the_connection_goes_on()
         and(("proxy-connection", "close")),
         and(("upgrade", "websocket")),
         and(("te", "gzip")),
-        and((":late", "1")),
+        hpack(&[&pseudo("/x")[..3], &[("x", "1"), (":path", "/late")]].concat()),
         and((":path", "/twice")),
         hpack(&pseudo("/x")[1..]),
         hpack(&pseudo("/x")[..3]),
         hpack(&pseudo("")),
+        hpack(&[
+            (":method", "POST"),
+            (":scheme", "http"),
+            (":authority", "a"),
+            (":path", "posts"),
+            ("idempotency-key", "k"),
+        ]),
         hpack(&[
             (":method", "CONNECT"),
             (":protocol", "websocket"),
@@ -193,13 +200,6 @@ fn what_is_malformed_is_refused_before_the_upstream_and_the_connection_goes_on()
         hpack(&[(":method", "GET"), (":scheme", "ftp"), (":authority", "api.example"), (":path", "/x")]),
         hpack(&[(":method", "GET"), (":scheme", "http"), (":authority", "u@api.example"), (":path", "/x")]),
         hpack(&[(":method", "CONNECT"), (":authority", "api.example:80")]),
-        hpack(&[
-            (":method", "POST"),
-            (":scheme", "http"),
-            (":authority", "a"),
-            (":path", "posts"),
-            ("idempotency-key", "k"),
-        ]),
         hpack(&[(":method", "GET"), (":scheme", "http"), (":authority", "a"), (":path", "*")]),
     ] {
         client.request(stream, &block);

@@ -114,7 +114,9 @@ fn a_key_belongs_to_whom_the_client_certificate_names() {
     assert_eq!(call(&nameless), (r#"{"n":4}"#.to_owned(), true), "the key is what it is known by");
     assert_eq!(call(&authority.certify(&[])).0, r#"{"n":5}"#);
     let mut client = H2::connect_tls(gateway.addr, authority.client(Some(&alice), &["h2"])).unwrap();
-    let over_http2 = client.call(h2_request("POST", "/posts", &[("idempotency-key", "k")]), "{}");
+    // Another credential beside it does not count, and does no harm.
+    let headers = [("idempotency-key", "k"), ("authorization", "Bearer x")];
+    let over_http2 = client.call(h2_request("POST", "/posts", &headers), "{}");
     assert_eq!((over_http2.text().as_str(), over_http2.replayed()), (r#"{"n":1}"#, true), "whatever the protocol");
 }
 
