@@ -168,7 +168,7 @@ const ALL: [&[Row]; 3] = [HEADS, BODIES, STATUSES];
 
 /// A request after it, and an intercepted one: answered by what belongs to them, and nothing else.
 fn next(gateway: &Gateway) -> Result<(), String> {
-    let key = uuid();
+    let key = fresh_key();
     for (text, replayed) in [
         (request("GET", "/next", &[], ""), false),
         (post("/posts", &key, "{}"), false),
@@ -185,7 +185,7 @@ fn next(gateway: &Gateway) -> Result<(), String> {
 }
 
 /// A key that no other request has.
-fn uuid() -> String {
+fn fresh_key() -> String {
     use std::sync::atomic::{AtomicUsize, Ordering};
     static COUNT: AtomicUsize = AtomicUsize::new(0);
     format!("next-{}", COUNT.fetch_add(1, Ordering::Relaxed))
@@ -337,13 +337,21 @@ fn bytes_on_an_idle_connection_end_it() {
 
 #[test]
 fn an_upstream_that_closes_idle_connections_fails_no_request() {
-    let upstream = Upstream::scripted(|_, reply| {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    let closed = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&closed);
+    let upstream = Upstream::scripted(move |_, reply| {
         reply.send(200, &[], "next");
         reply.close();
+        count.fetch_add(1, Ordering::AcqRel);
     });
     let gateway = Gateway::start(&upstream, "server.workers = 1");
-    for round in 0..30 {
-        next(&gateway).unwrap_or_else(|why| panic!("round {round}: {why}"));
+    for round in 0..60 {
+        let answer =
+            if round % 2 == 0 { gateway.call(request("GET", "/x", &[], "")) } else { gateway.post(&fresh_key(), "{}") };
+        assert_eq!((answer.status, answer.text().as_str()), (200, "next"), "round {round}");
+        eventually("the upstream has closed", || (closed.load(Ordering::Acquire) == round + 1).then_some(()));
     }
     assert_eq!(upstream.count(), 60, "none was sent twice");
 }

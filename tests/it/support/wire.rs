@@ -364,7 +364,8 @@ fn serve(stream: TcpStream, shared: &Shared) {
         });
         wire.send(&answer);
         let head = String::from_utf8_lossy(&answer).to_ascii_lowercase();
-        let bodyless = head.starts_with("http/1.1 204") || head.starts_with("http/1.1 304");
+        let bodyless =
+            echo.starts_with("HEAD ") || head.starts_with("http/1.1 204") || head.starts_with("http/1.1 304");
         if !bodyless && !head.contains("content-length:") && !head.contains("transfer-encoding:") {
             return;
         }
