@@ -334,3 +334,24 @@ impl Written for () {
         false
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+    #[tokio::test]
+    async fn what_a_side_has_said_arrives_though_it_takes_nothing_any_more() {
+        let (client, mut client_peer) = duplex(64);
+        let (upstream, mut upstream_peer) = duplex(64);
+        upstream_peer.write_all(b"bye").await.unwrap();
+        drop(upstream_peer);
+        client_peer.write_all(b"too late").await.unwrap();
+        let limits = Limits { write_timeout: Duration::from_secs(5), half_closed_timeout: Duration::from_secs(5) };
+        let mut heard = Vec::new();
+        let (carried, read) = tokio::join!(carry(client, upstream, limits), client_peer.read_to_end(&mut heard));
+        carried.unwrap();
+        read.unwrap();
+        assert_eq!(heard, b"bye");
+    }
+}

@@ -279,6 +279,18 @@ fn a_connection_that_the_upstream_wants_to_end_is_not_used_again() {
     assert_eq!(upstream.connections(), 1, "HTTP/1.0 with keep-alive is used again");
 }
 
+#[test]
+fn a_connection_whose_response_had_both_lengths_is_not_used_again() {
+    let head = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n";
+    let upstream = Upstream::scripted(move |_, reply| reply.raw(head));
+    let gateway = Gateway::start(&upstream, "upstream.idle_timeout = \"60s\"");
+    for n in 1..=3 {
+        assert_eq!(gateway.call(request("GET", "/x", &[], "")).text(), "ok");
+        assert_eq!(gateway.post(&format!("k{n}"), "{}").text(), "ok");
+        assert_eq!(upstream.connections(), 2 * n);
+    }
+}
+
 /// The addresses of "localhost", on one of which somebody can listen.
 fn addresses(port: u16) -> Vec<SocketAddr> {
     ("localhost", port)

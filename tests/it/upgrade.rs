@@ -80,8 +80,12 @@ fn an_offer_and_its_acceptance_are_relayed_with_exactly_their_hop_by_hop_fields(
             "upgrade: websocket",
         ]
     );
-    // Bytes that are no HTTP, and some that look like it.
-    for bytes in [&b"\x81\x02hi\0\xff"[..], b"GET /posts HTTP/1.1\r\n\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n"] {
+    // Bytes that are no HTTP, and some that look like it: the gateway's own refusals among them.
+    for bytes in [
+        &b"\x81\x02hi\0\xff"[..],
+        b"GET /posts HTTP/1.1\r\n\r\n",
+        b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
+    ] {
         client.send(bytes);
         assert_eq!(server.read_exactly(bytes.len()), bytes);
         server.send(bytes);
