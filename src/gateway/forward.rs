@@ -262,8 +262,8 @@ impl Forward {
         let Large { head, read, mut rest, connection } = large;
         let (frames, body) = mpsc::channel(4);
         let mut response = respond(&head, ReplyBody::Relayed(body));
-        if let Some(declared) = head.headers.get(CONTENT_LENGTH) {
-            response.headers_mut().insert(CONTENT_LENGTH, declared.clone());
+        if let Some(declared) = headers::declared_length(&head.headers) {
+            response.headers_mut().insert(CONTENT_LENGTH, declared.into());
         }
         self.tell(TaskAnswer::Respond(response, result));
         for chunk in read {

@@ -94,6 +94,12 @@ fn the_length(headers: &HeaderMap) -> Option<u64> {
     lens.all(|len| len == Some(first)).then_some(first)
 }
 
+/// The length of a message's body, where it is known beforehand: with a transfer coding a length says nothing.
+#[must_use]
+pub fn declared_length(headers: &HeaderMap) -> Option<u64> {
+    if headers.contains_key(TRANSFER_ENCODING) { None } else { the_length(headers) }
+}
+
 /// Whether nobody reads a response's end in another place (RFC 9112 §6.3): no transfer coding but one "chunked", which is
 /// all that was asked for, and no length but one number.
 #[must_use]

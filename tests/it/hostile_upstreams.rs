@@ -401,3 +401,30 @@ fn a_final_answer_before_an_intercepted_request_is_read_is_its_record() {
     assert_eq!((retry.status, retry.text().as_str(), retry.replayed()), (413, "no", true));
     drop(server);
 }
+
+#[test]
+fn a_response_too_large_to_be_recorded_is_framed_by_the_letter_whatever_the_upstream_says() {
+    let body = "x".repeat(2000);
+    let chunks = format!("7d0\r\n{body}\r\n0\r\n\r\n");
+    let framings = [
+        format!("Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n{chunks}"),
+        format!("Content-Length: 5000\r\nTransfer-Encoding: chunked\r\n\r\n{chunks}"),
+        format!("Content-Length: 2000, 2000\r\n\r\n{body}"),
+        format!("Content-Length: 2000\r\nContent-Length: 02000\r\n\r\n{body}"),
+    ];
+    let replies = framings.clone();
+    let upstream = Upstream::scripted(move |request, reply| match request.key().and_then(|key| key.parse().ok()) {
+        Some(number) => reply.raw(format!("HTTP/1.1 200 OK\r\n{}", replies[number as usize])),
+        None::<u8> => reply.send(200, &[], "next"),
+    });
+    let settings = "server.workers = 1\nidempotency.max_recorded_body = \"1KiB\"";
+    let gateway = Gateway::start(&upstream, settings);
+    for (number, framing) in framings.iter().enumerate() {
+        let mut wire = Wire::connect(gateway.addr);
+        wire.send(post("/posts", &number.to_string(), "{}"));
+        let answer = wire.response().unwrap_or_else(|why| panic!("{why}: {}", &framing[..40]));
+        assert_eq!((answer.status(), answer.body.len()), (200, 2000), "{}", &framing[..40]);
+        gateway.post(&number.to_string(), "{}").expect_problem(409, "body_not_recorded");
+        next(&gateway).unwrap();
+    }
+}
