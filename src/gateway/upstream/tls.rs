@@ -12,6 +12,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsConnector;
@@ -91,9 +92,9 @@ impl Connector {
         if asked && tls13 {
             // The client's part of a TLS 1.3 handshake ends before the server has judged its certificate (RFC 8446 §2). A
             // refusal that came after the request would leave open whether that was executed. Most servers say something
-            // (a session ticket) when they are content; one that does not is given as long again as the handshake took.
+            // (a session ticket) when they are content; one that does not is given twice as long as the handshake took.
             let left = deadline.saturating_duration_since(Instant::now());
-            let patience = (began.elapsed() * 2).min(left);
+            let patience = (began.elapsed() * 2).max(VERDICT_MIN).min(left);
             if let Ok(verdict) = timeout(patience, verdict(&mut stream)).await {
                 verdict.map_err(failed)?;
             }
@@ -101,6 +102,9 @@ impl Connector {
         Ok(stream)
     }
 }
+
+/// How long a server may take at least to judge a certificate: a busy one is slower than its handshake was.
+const VERDICT_MIN: Duration = Duration::from_millis(300);
 
 tokio::task_local! {
     /// Whether the server of the handshake under way has asked for a certificate.
