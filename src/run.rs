@@ -5,6 +5,7 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::gateway::identity::{self, RouteIdentity};
 use crate::gateway::scope::Secret;
+use crate::gateway::upstream::Upstream;
 use crate::gateway::{Gateway, GatewayLedger};
 use crate::idempotency::Millis;
 use crate::ledger::{Ledger, tags};
@@ -57,6 +58,7 @@ pub struct Running {
     server: Arc<Server>,
     admin: Arc<Admin>,
     tls: Option<Arc<Tls>>,
+    upstream: Arc<Upstream>,
     drain_delay: Duration,
     drain_timeout: Duration,
     addresses: Vec<Address>,
@@ -93,7 +95,8 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
     let read = reader(&ledger, &gateway);
     let admin = Admin::new(metrics.registry(read.clone()), read);
     let upstream = Arc::clone(gateway.upstream());
-    tokio::spawn(async move { upstream.close_idle().await });
+    let pool = Arc::clone(&upstream);
+    tokio::spawn(async move { pool.close_idle().await });
     let sweeper = ledger.clone();
     tokio::spawn(async move { sweeper.sweep().await });
     tokio::spawn(Arc::clone(&admin).serve(admin_listener));
@@ -103,7 +106,7 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
         tokio::spawn(Arc::clone(&server).accept(listener));
     }
     let (drain_delay, drain_timeout) = (config.server.drain_delay, config.server.drain_timeout);
-    Ok(Running { ledger, server, admin, tls, drain_delay, drain_timeout, addresses, admin_address })
+    Ok(Running { ledger, server, admin, tls, upstream, drain_delay, drain_timeout, addresses, admin_address })
 }
 
 impl Running {
@@ -118,16 +121,26 @@ impl Running {
         &self.admin_address
     }
 
-    /// From now on reads the files of `[server.tls]` again whenever `reload` says so. Open connections keep what they have.
+    /// From now on reads the files of `[server.tls]` and `[upstream.tls]` again whenever `reload` says so. Open connections
+    /// keep what they have.
     pub fn reload_on(&self, mut reload: Signal) {
-        let tls = self.tls.clone();
+        let (tls, upstream) = (self.tls.clone(), Arc::clone(&self.upstream));
         tokio::spawn(async move {
             while reload.recv().await.is_some() {
-                let Some(tls) = tls.clone() else {
-                    tracing::info!("SIGHUP: there is no [server.tls] to read again");
-                    continue;
+                let (tls, upstream) = (tls.clone(), Arc::clone(&upstream));
+                let read = move || {
+                    if let Some(tls) = tls {
+                        tls.reload();
+                    }
+                    match upstream.reload_tls() {
+                        Ok(true) => tracing::info!("the files of upstream.tls were read again"),
+                        Ok(false) => {}
+                        Err(errors) => errors.iter().for_each(|error| {
+                            tracing::error!(%error, "the files of upstream.tls stay as they were");
+                        }),
+                    }
                 };
-                let _ = tokio::task::spawn_blocking(move || tls.reload()).await;
+                let _ = tokio::task::spawn_blocking(read).await;
             }
         });
     }

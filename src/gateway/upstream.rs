@@ -96,12 +96,12 @@ impl Upstream {
         &self.options
     }
 
-    /// Reads the files of `[upstream.tls]` again, for connections to come.
+    /// Reads the files of `[upstream.tls]` again, for connections to come; `false`: the upstream is spoken to in clear.
     ///
     /// # Errors
     /// All files that cannot be used; then everything stays as it was.
-    pub fn reload_tls(&self) -> Result<(), Vec<tls::FileError>> {
-        self.options.tls.as_ref().map_or(Ok(()), |tls| tls.reload())
+    pub fn reload_tls(&self) -> Result<bool, Vec<tls::FileError>> {
+        self.options.tls.as_ref().map_or(Ok(false), |tls| tls.reload().map(|()| true))
     }
 
     #[must_use]

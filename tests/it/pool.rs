@@ -1,10 +1,9 @@
 //! Connections to the upstream: used again, given up in time, and never poisoned by what came on them before.
 
 use crate::support::{Client, Gateway, Upstream, eventually, post, request};
-use socket2::{Domain, SockAddr, Socket, Type};
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 fn wait_for_idle(gateway: &Gateway, count: f64) {
     eventually("idle connections", || (gateway.metric("oncegate_upstream_idle_connections") == count).then_some(()));
@@ -310,30 +309,4 @@ fn all_addresses_of_a_name_are_tried() {
         assert_eq!(gateway.call(request("GET", "/x", &[], "")).text(), "here", "{address}");
         assert_eq!(upstream.count(), 1);
     }
-}
-
-#[test]
-fn an_address_that_does_not_answer_leaves_time_for_the_next() {
-    let [first, second] = addresses(0)[..] else { return crate::support::skip("localhost has not two addresses here") };
-    let listener = TcpListener::bind(second).unwrap();
-    let port = listener.local_addr().unwrap().port();
-    // A queue that is full: whoever comes next is kept waiting.
-    let silent = SockAddr::from(SocketAddr::new(first.ip(), port));
-    let full = Socket::new(Domain::for_address(first), Type::STREAM, None).unwrap();
-    full.bind(&silent).unwrap();
-    full.listen(0).unwrap();
-    let queued = (0..4).map(|_| {
-        let socket = Socket::new(Domain::for_address(first), Type::STREAM, None).unwrap();
-        socket.set_nonblocking(true).unwrap();
-        let _ = socket.connect(&silent);
-        socket
-    });
-    let _queued = queued.collect::<Vec<_>>();
-    let upstream = Upstream::on(listener, |_, reply| reply.send(201, &[], "here"));
-    let settings = "upstream.connect_timeout = \"600ms\"";
-    let gateway = Gateway::start_before(&format!("http://localhost:{port}"), settings);
-    let began = Instant::now();
-    assert_eq!(gateway.post("k", "{}").text(), "here");
-    assert!(began.elapsed() >= Duration::from_millis(250), "the first address was tried: {:?}", began.elapsed());
-    assert_eq!(upstream.executions("k"), 1);
 }

@@ -275,3 +275,20 @@ fn a_tunnel_goes_through_tls() {
     drop(server);
     assert!(client.at_end());
 }
+
+#[test]
+fn sighup_reads_the_files_again_and_a_broken_one_changes_nothing() {
+    let (upstream, old, new, files) = (Upstream::counting(), Authority::new(), Authority::new(), Files::new());
+    let front = TlsFront::new(plain(&new.certify("127.0.0.1")), upstream.addr);
+    let settings = files.put("ca", &old.pem) + "upstream.idle_timeout = \"0s\"";
+    let gateway = Gateway::start_before(&format!("https://{}", front.addr), &settings);
+    gateway.post("k", "{}").expect_problem(502, "upstream_unreachable");
+    files.put("ca", &new.pem);
+    gateway.hang_up();
+    gateway.wait_for_log("upstream.tls were read again");
+    assert_eq!(gateway.post("k", "{}").status, 201);
+    files.put("ca", "nothing");
+    gateway.hang_up();
+    gateway.wait_for_log("upstream.tls stay as they were");
+    assert_eq!(gateway.post("k2", "{}").status, 201);
+}

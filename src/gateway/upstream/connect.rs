@@ -6,6 +6,7 @@ use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use socket2::{SockRef, TcpKeepalive};
 use std::io::{self, IoSlice};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -75,10 +76,15 @@ fn unreachable(error: io::Error) -> SendError {
     SendError::Unreachable { error, proxy_error }
 }
 
-/// Resolves the name anew and tries all its addresses in turn; what is left of the time is shared among those to come.
+/// Resolves the name anew and tries its addresses.
 async fn connect_tcp(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
     let resolved = timeout_at(deadline, tokio::net::lookup_host((host, port))).await.map_err(|_| timed_out())?;
-    let addresses = resolved.map_err(|error| io::Error::new(io::ErrorKind::NotFound, error))?.collect::<Vec<_>>();
+    let addresses = resolved.map_err(|error| io::Error::new(io::ErrorKind::NotFound, error))?.collect();
+    connect_any(addresses, deadline).await
+}
+
+/// Tries all addresses in turn; what is left of the time is shared among those to come.
+async fn connect_any(addresses: Vec<SocketAddr>, deadline: Instant) -> io::Result<TcpStream> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the upstream's name has no address");
     let count = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
     for (address, to_come) in addresses.into_iter().zip((1..=count).rev()) {
@@ -159,5 +165,49 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use socket2::{Domain, SockAddr, Socket, Type};
+    use tokio::net::TcpListener;
+
+    /// An address that keeps whoever comes waiting, since its queue is full; and what keeps it so.
+    fn silent(ip: [u8; 4]) -> (SocketAddr, Vec<Socket>) {
+        let socket = || Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        let full = socket();
+        full.bind(&SockAddr::from(SocketAddr::from((ip, 0)))).unwrap();
+        full.listen(0).unwrap();
+        let address = full.local_addr().unwrap().as_socket().unwrap();
+        let mut sockets = vec![full];
+        for _ in 0..4 {
+            let waits = socket();
+            waits.set_nonblocking(true).unwrap();
+            let _ = waits.connect(&SockAddr::from(address));
+            sockets.push(waits);
+        }
+        (address, sockets)
+    }
+
+    #[tokio::test]
+    async fn an_address_that_does_not_answer_leaves_time_for_the_next() {
+        let (silent, _sockets) = silent([127, 0, 0, 2]);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let good = listener.local_addr().unwrap();
+        let refuses = SocketAddr::from(([127, 0, 0, 3], good.port()));
+        let began = Instant::now();
+        let deadline = began + Duration::from_millis(900);
+        let stream = connect_any(vec![refuses, silent, good], deadline).await.unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), good);
+        assert!(began.elapsed() >= Duration::from_millis(400), "half of what was left went to the silent one");
+
+        let began = Instant::now();
+        let error = connect_any(vec![silent], began + Duration::from_millis(100)).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        let error = connect_any(vec![refuses], began + Duration::from_secs(9)).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(connect_any(Vec::new(), began).await.unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 }
