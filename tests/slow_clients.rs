@@ -21,8 +21,8 @@ use tokio::time::{sleep, timeout};
 const OF_EACH_KIND: usize = 400;
 /// How far beyond its limit a client may live on a busy machine.
 const SLACK: Duration = Duration::from_secs(20);
-/// Resident memory that a slow client may cost, in KiB: a head as large as it may be, or a response's buffers.
-const KIB_EACH: u64 = 96;
+/// Resident memory that a slow client may cost on average, in KiB: one that does not read its response costs most.
+const KIB_EACH: u64 = 128;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -65,8 +65,8 @@ impl Kind {
 
     /// Lives until the gateway ends it; how long that was.
     async fn live(self, n: usize, at: Addresses) -> Duration {
-        let mut stream = self.connect(&at).await;
         let started = Instant::now();
+        let mut stream = self.connect(&at).await;
         let trickles = matches!(self, Self::Headers | Self::Body | Self::Handshake);
         let _ = stream.write_all(&self.opening(n)).await;
         let mut chunk = [0; 1024];
@@ -175,7 +175,7 @@ fn slow_clients_hinder_nobody_and_are_gone_after_their_limits() {
         (lives, longest)
     });
     for (kind, life) in &lives {
-        assert!(*life + Duration::from_millis(500) >= limit, "{kind:?} was cut after {life:?}");
+        assert!(*life >= limit, "{kind:?} was cut after {life:?}");
         assert!(*life <= limit + SLACK, "{kind:?} lived for {life:?}");
     }
     eventually("all are gone", || (gateway.metric("oncegate_connections") == 0.0).then_some(()));

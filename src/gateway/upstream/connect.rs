@@ -107,6 +107,9 @@ async fn connect_any(addresses: Vec<SocketAddr>, deadline: Instant) -> io::Resul
 const KEEPALIVE: TcpKeepalive =
     TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(15));
 
+/// Bytes read ahead of a client that takes them slowly; a response's head may not be larger.
+const READ_BUFFER_MAX: usize = 64 * 1024;
+
 async fn handshake<T>(stream: T) -> Result<Link, SendError>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -114,6 +117,7 @@ where
     let answered = Arc::new(AtomicBool::new(false));
     let stream = Watched { stream, answered: Arc::clone(&answered) };
     let (sender, connection) = http1::Builder::new()
+        .max_buf_size(READ_BUFFER_MAX)
         .handshake(TokioIo::new(stream))
         .await
         .map_err(|error| unreachable(io::Error::other(error)))?;
