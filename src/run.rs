@@ -129,12 +129,13 @@ impl Running {
             while reload.recv().await.is_some() {
                 let (tls, upstream) = (tls.clone(), Arc::clone(&upstream));
                 let read = move || {
-                    if let Some(tls) = tls {
+                    if let Some(tls) = &tls {
                         tls.reload();
                     }
                     match upstream.reload_tls() {
                         Ok(true) => tracing::info!("the files of upstream.tls were read again"),
-                        Ok(false) => {}
+                        Ok(false) if tls.is_some() => {}
+                        Ok(false) => tracing::info!("SIGHUP: there is no [server.tls] or [upstream.tls] to read again"),
                         Err(errors) => errors.iter().for_each(|error| {
                             tracing::error!(%error, "the files of upstream.tls stay as they were");
                         }),
