@@ -111,7 +111,7 @@ impl Upstream {
 
     /// Sends a request and waits for the head of its response. It is sent again, on another connection, only when that
     /// cannot be a second execution: the HTTP library hands it back, which it does only if not a byte of it was written; or
-    /// it is [`repeatable`] and its pooled connection was closed without a byte of an answer.
+    /// it is safe, without a body, and its pooled connection was closed without a byte of an answer.
     ///
     /// # Errors
     /// See [`SendError`].
