@@ -556,6 +556,52 @@ fn a_large_index_is_walked_through_while_the_store_serves() {
 }
 
 #[test]
+fn a_store_closes_while_its_committer_waits_for_the_walk_through_the_index() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data");
+    let mut held = filled(&path, 300);
+    let runtime = runtime();
+    // Without threads the walk never ends, and nothing goes to the index.
+    let store = std::sync::Arc::new(open_at_once(&path, 0));
+    let most = 10 * small().index_bulk as u64;
+    let tasks: Vec<_> = (1000..1000 + 2 * most)
+        .map(|n| {
+            let store = store.clone();
+            runtime.spawn(async move {
+                let new = value(COMPLETED, Some(FAR), "settled");
+                let swap = store.compare_and_swap(id(n), None, Some(new.clone()), 4000, Urgency::Settle).await;
+                swap.ok().map(|swap| (n, swap, new))
+            })
+        })
+        .collect();
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while store.status().entries[usize::from(COMPLETED.0)] < most {
+        assert!(std::time::Instant::now() < deadline, "the committer does not get that far");
+        std::thread::yield_now();
+    }
+    let (sender, closed) = std::sync::mpsc::channel();
+    let closing = store.clone();
+    std::thread::spawn(move || {
+        closing.close();
+        sender.send(()).unwrap();
+    });
+    closed.recv_timeout(Duration::from_secs(20)).expect("it closes");
+    for task in tasks {
+        if let Some((n, Swap::Done(version), value)) = runtime.block_on(task).unwrap() {
+            held.insert(n, Entry { version, value });
+        }
+    }
+    drop(store);
+    // What was acknowledged is there.
+    let store = open(&path);
+    runtime.block_on(async {
+        for (n, entry) in &held {
+            assert_eq!(store.get(id(*n)).await.unwrap().as_ref(), Some(entry), "record {n}");
+        }
+    });
+}
+
+#[test]
 fn a_log_set_back_behind_its_index_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("data");

@@ -212,7 +212,9 @@ impl Shared {
             self.wake_indexer.notify_one();
         }
         let too_many = self.tuning.index_bulk.saturating_mul(10);
-        while state.waiting >= too_many && self.failed.get().is_none() && !self.space.index_waits() {
+        let waits =
+            || self.failed.get().is_none() && !self.space.index_waits() && !self.closing.load(Ordering::Acquire);
+        while state.waiting >= too_many && waits() {
             state = self.indexed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -296,6 +298,9 @@ impl Embedded {
         if let Some(queue) = self.queue.lock().unwrap_or_else(PoisonError::into_inner).take() {
             // Others may hold senders for long; if the queue is full, the committer is awake anyway.
             self.shared.closing.store(true, Ordering::Release);
+            // The committer must not go on waiting for the indexer, which may wait for a survey that has just been given up.
+            drop(self.shared.state());
+            self.shared.indexed.notify_all();
             let _ = queue.try_send(Op::Stop);
         }
         // The committer first: it may wait for the indexer.
