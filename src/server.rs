@@ -54,7 +54,7 @@ pub struct Options {
     pub drain_timeout: Duration,
     pub limits: Limits,
     /// Of all TCP addresses; `None`: plain.
-    pub tls: Option<tls::Options>,
+    pub tls: Option<Arc<Tls>>,
 }
 
 #[derive(Clone, Debug)]

@@ -6,6 +6,7 @@ pub mod tls;
 use super::body::ForwardBody;
 use super::headers::{is_soundly_framed, keep_alive_seconds};
 use super::reply::BodyError;
+use crate::pem::FileError;
 use crate::telemetry::Metrics;
 use bytes::Bytes;
 use connect::Link;
@@ -100,7 +101,7 @@ impl Upstream {
     ///
     /// # Errors
     /// All files that cannot be used; then everything stays as it was.
-    pub fn reload_tls(&self) -> Result<bool, Vec<tls::FileError>> {
+    pub fn reload_tls(&self) -> Result<bool, Vec<FileError>> {
         self.options.tls.as_ref().map_or(Ok(false), |tls| tls.reload().map(|()| true))
     }
 
