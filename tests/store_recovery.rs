@@ -556,6 +556,23 @@ fn a_large_index_is_walked_through_while_the_store_serves() {
 }
 
 #[test]
+fn a_spare_segment_that_is_not_blank_is_made_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data");
+    let held = filled(&path, 100);
+    let spare = segments(&path).pop().unwrap();
+    assert!(!used_segments(&path).contains(&spare), "the last one is unused");
+    // As a first frame that was torn leaves it.
+    flip(&spare, 2000);
+    let store = open(&path);
+    assert_holds(&store, &held);
+    store.close();
+    drop(store);
+    assert_eq!(segments(&path).len(), used_segments(&path).len() + 1, "no segment holds anything but entries");
+    assert_holds(&open(&path), &held);
+}
+
+#[test]
 fn a_store_closes_while_its_committer_waits_for_the_walk_through_the_index() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("data");
