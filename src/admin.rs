@@ -44,13 +44,14 @@ impl Admin {
     pub async fn serve(self: Arc<Self>, listener: Listener) {
         loop {
             let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
+                Ok((stream, _)) => stream.join_runtime(),
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection on the admin address");
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     continue;
                 }
             };
+            let Ok(stream) = stream else { continue };
             let admin = Arc::clone(&self);
             tokio::spawn(async move {
                 let service = service_fn(|request: Request<Incoming>| {

@@ -117,9 +117,10 @@ pub struct Peer {
 pub(crate) type Unrecorded = Arc<forward::Unrecorded>;
 pub(crate) type GatewayLedger = Ledger<AnyStore, Unrecorded>;
 
-/// The gateway: everything that requests share.
+/// The gateway: everything that the requests of one worker share, most of it with those of the others.
+#[derive(Clone)]
 pub struct Gateway {
-    options: Options,
+    options: Arc<Options>,
     routes: Vec<Arc<Route>>,
     unrouted: RouteMetrics,
     ledger: GatewayLedger,
@@ -132,7 +133,7 @@ pub struct Gateway {
     claims: TaskTracker,
     /// Cancelled when the drain's time is over.
     give_up: CancellationToken,
-    tunnels: Tunnels,
+    tunnels: Arc<Tunnels>,
 }
 
 struct Route {
@@ -160,10 +161,17 @@ impl Gateway {
             in_flight: Arc::new(Semaphore::new(options.upstream.max_in_flight)),
             claims: TaskTracker::new(),
             give_up: CancellationToken::new(),
-            tunnels: Tunnels::default(),
-            options,
+            tunnels: Arc::default(),
+            options: Arc::new(options),
             metrics,
         })
+    }
+
+    /// The same gateway for another worker, with connections to the upstream of its own.
+    #[must_use]
+    pub(crate) fn for_another_worker(&self) -> Arc<Self> {
+        let upstream = Upstream::new(self.options.upstream.clone(), self.metrics.clone());
+        Arc::new(Self { upstream, ..self.clone() })
     }
 
     /// Who is at the other end of a connection from `ip` (`None`: a Unix socket, whose peers are local and trusted), before

@@ -139,11 +139,8 @@ fn run_gateway(options: Serve) -> ExitCode {
 }
 
 fn serve(config: Config, accept_new_identity: bool) -> anyhow::Result<()> {
-    let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    if config.server.workers > 0 {
-        runtime.worker_threads(config.server.workers);
-    }
-    let runtime = runtime.enable_all().build().context("cannot start the runtime")?;
+    // For what belongs to no connection: listening, signals, the admin address, the sweep.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
     runtime.block_on(async {
         // Before anything is bound: a signal must never meet the default action once claims exist.
         let signal = run::shutdown_signal().context("cannot listen for signals")?;

@@ -11,6 +11,7 @@ use crate::idempotency::Millis;
 use crate::ledger::{Ledger, tags};
 use crate::server::inherit::{InheritError, Inherited};
 use crate::server::tls::Tls;
+use crate::server::workers::Workers;
 use crate::server::{Address, BindError, Listener, Server};
 use crate::store::{self, AnyStore, Health, OpenError, Store, StoreError};
 use crate::telemetry::{Metrics, Reading};
@@ -38,6 +39,8 @@ pub enum StartError {
     Identity(Vec<String>),
     #[error("the note of what makes ids in the store cannot be read ({0}); a newer oncegate may have written it")]
     IdentityNote(serde_json::Error),
+    #[error("cannot start the worker threads: {0}")]
+    Workers(#[source] std::io::Error),
     #[error("the operating system gave no randomness for the store's secret: {0}")]
     Randomness(getrandom::Error),
 }
@@ -88,13 +91,17 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
     let addresses = listeners.iter().map(Listener::address).collect::<Vec<_>>();
 
     let gateway = Gateway::new(config.gateway, ledger.clone(), secret, metrics.clone());
-    let tls = config.server.tls;
-    let server = Server::new(Arc::clone(&gateway), config.server.limits, tls.clone(), metrics.clone());
-    let read = reader(&ledger, &gateway);
-    let admin = Admin::new(metrics.registry(read.clone()), read);
     let upstream = Arc::clone(gateway.upstream());
-    let pool = Arc::clone(&upstream);
-    tokio::spawn(async move { pool.close_idle().await });
+    let workers = Workers::start(config.server.workers).map_err(StartError::Workers)?;
+    let gateways = workers.iter().map(|_| gateway.for_another_worker()).collect::<Vec<_>>();
+    for (worker, gateway) in workers.iter().zip(&gateways) {
+        let pool = Arc::clone(gateway.upstream());
+        worker.runtime.spawn(async move { pool.close_idle().await });
+    }
+    let read = reader(&ledger, gateways.iter().map(|gateway| Arc::clone(gateway.upstream())).collect());
+    let admin = Admin::new(metrics.registry(read.clone()), read);
+    let tls = config.server.tls;
+    let server = Server::new(workers, gateways, config.server.limits, tls.clone(), metrics);
     let sweeper = ledger.clone();
     tokio::spawn(async move { sweeper.sweep().await });
     tokio::spawn(Arc::clone(&admin).serve(admin_listener));
@@ -257,8 +264,11 @@ async fn recover(ledger: &GatewayLedger, config: &Config) -> Result<(), StartErr
     Ok(())
 }
 
-fn reader(ledger: &GatewayLedger, gateway: &Arc<Gateway>) -> impl Fn() -> Reading + Clone + Send + Sync + 'static {
-    let (ledger, upstream) = (ledger.clone(), Arc::clone(gateway.upstream()));
+fn reader(
+    ledger: &GatewayLedger,
+    upstreams: Vec<Arc<Upstream>>,
+) -> impl Fn() -> Reading + Clone + Send + Sync + 'static {
+    let ledger = ledger.clone();
     move || {
         let status = ledger.store_status();
         let count = |tag: crate::store::Tag| status.entries.get(usize::from(tag.0)).copied().unwrap_or(0);
@@ -280,7 +290,7 @@ fn reader(ledger: &GatewayLedger, gateway: &Arc<Gateway>) -> impl Fn() -> Readin
             store_disk_bytes: status.disk_bytes,
             cache_entries,
             cache_bytes,
-            pool_idle: upstream.idle_connections() as u64,
+            pool_idle: upstreams.iter().map(|upstream| upstream.idle_connections() as u64).sum(),
         }
     }
 }

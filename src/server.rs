@@ -6,6 +6,7 @@ mod http2;
 pub mod inherit;
 mod timed_io;
 pub mod tls;
+pub mod workers;
 
 use crate::gateway::Gateway;
 use crate::gateway::problem::{Code, Problem};
@@ -26,6 +27,7 @@ use tokio::time::Instant;
 use tokio_util::either::Either;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use workers::Workers;
 
 /// Where to listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -116,14 +118,17 @@ impl Listener {
     ///
     /// # Errors
     /// The operating system's, such as too many open files.
-    pub(crate) async fn accept(&self) -> io::Result<(Stream, Option<IpAddr>)> {
+    pub(crate) async fn accept(&self) -> io::Result<(Accepted, Option<IpAddr>)> {
         match self {
             Self::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
                 stream.set_nodelay(true)?;
-                Ok((Stream::Left(stream), Some(peer.ip())))
+                Ok((Accepted(Either::Left(stream.into_std()?)), Some(peer.ip())))
             }
-            Self::Unix { socket, .. } => socket.accept().await.map(|(stream, _)| (Stream::Right(stream), None)),
+            Self::Unix { socket, .. } => {
+                let (stream, _) = socket.accept().await?;
+                Ok((Accepted(Either::Right(stream.into_std()?)), None))
+            }
         }
     }
 }
@@ -133,6 +138,22 @@ impl Drop for Listener {
         if let Self::Unix { path, owned: true, .. } = self {
             // Left over, it would only be in the way of the next start, which removes it itself.
             let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// A client's connection that belongs to no runtime yet.
+pub(crate) struct Accepted(Either<std::net::TcpStream, std::os::unix::net::UnixStream>);
+
+impl Accepted {
+    /// Gives it to the runtime that this is called within.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn join_runtime(self) -> io::Result<Stream> {
+        match self.0 {
+            Either::Left(stream) => TcpStream::from_std(stream).map(Stream::Left),
+            Either::Right(stream) => UnixStream::from_std(stream).map(Stream::Right),
         }
     }
 }
@@ -173,7 +194,9 @@ fn bind_unix(path: &Path) -> io::Result<UnixListener> {
 
 /// Serves client connections.
 pub struct Server {
-    gateway: Arc<Gateway>,
+    workers: Workers,
+    /// One for each worker.
+    gateways: Vec<Arc<Gateway>>,
     limits: Limits,
     tls: Option<Arc<Tls>>,
     metrics: Metrics,
@@ -186,10 +209,18 @@ pub struct Server {
 }
 
 impl Server {
+    /// `gateways`: one for each worker.
     #[must_use]
-    pub fn new(gateway: Arc<Gateway>, limits: Limits, tls: Option<Arc<Tls>>, metrics: Metrics) -> Arc<Self> {
+    pub fn new(
+        workers: Workers,
+        gateways: Vec<Arc<Gateway>>,
+        limits: Limits,
+        tls: Option<Arc<Tls>>,
+        metrics: Metrics,
+    ) -> Arc<Self> {
         Arc::new(Self {
-            gateway,
+            workers,
+            gateways,
             limits,
             tls,
             metrics,
@@ -218,32 +249,37 @@ impl Server {
         }
     }
 
-    fn take(&self, stream: Stream, ip: Option<IpAddr>) {
+    /// Gives a connection to a worker. It stays there.
+    fn take(&self, stream: Accepted, ip: Option<IpAddr>) {
+        let position = self.workers.least_busy();
+        let Some((worker, gateway)) = self.workers.iter().zip(&self.gateways).nth(position) else { return };
         let max = self.limits.max_connections;
         // A Unix socket's peers are on this machine.
-        let tls = self.tls.clone().filter(|_| matches!(stream, Stream::Left(_)));
+        let tls = self.tls.clone().filter(|_| matches!(stream.0, Either::Left(_)));
         let one_more = |open: usize| (open < max).then_some(open + 1);
         if self.open.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).is_err() {
             self.metrics.connections_refused.inc();
             // Saying why over TLS would take a handshake, which is more than a request costs.
             if tls.is_none() {
-                tokio::spawn(refuse(stream));
+                worker.runtime.spawn(refuse(stream));
             }
             return;
         }
-        let place = Place::new(Arc::clone(&self.open), self.metrics.clone());
+        let place = Place::new([&self.open, &worker.connections].map(Arc::clone), self.metrics.clone());
         let setting = Setting {
-            gateway: Arc::clone(&self.gateway),
-            peer: self.gateway.peer(ip),
+            gateway: Arc::clone(gateway),
+            peer: gateway.peer(ip),
             limits: self.limits.clone(),
             drain: self.drain.clone(),
         };
-        self.connections.spawn(async move {
-            match tls {
-                Some(tls) => connection::serve_tls(stream, &tls, place, setting).await,
-                None => connection::serve(stream, None, place, setting).await,
+        let serve = async move {
+            match (stream.join_runtime(), tls) {
+                (Ok(stream), Some(tls)) => connection::serve_tls(stream, &tls, place, setting).await,
+                (Ok(stream), None) => connection::serve(stream, None, place, setting).await,
+                (Err(error), _) => tracing::warn!(%error, "cannot serve a connection"),
             }
-        });
+        };
+        self.connections.spawn_on(serve, &worker.runtime);
     }
 
     /// Stops: from now on responses end their connections; the listeners close after `delay`; what is in flight gets
@@ -257,41 +293,52 @@ impl Server {
         if tokio::time::timeout_at(deadline, self.connections.wait()).await.is_err() {
             tracing::warn!(connections = self.connections.len(), "drain_timeout is over with connections still open");
         }
+        // They share their tunnels and claims.
+        let Some(gateway) = self.gateways.first() else { return };
         // Their connections have left the tracker above.
-        let _ = tokio::time::timeout_at(deadline, self.gateway.tunnels_ended()).await;
-        let late = self.gateway.claims_settled();
-        if tokio::time::timeout_at(deadline, late).await.is_err() {
-            tracing::warn!(claims = self.gateway.open_claims(), "drain_timeout is over with claims still open");
+        let _ = tokio::time::timeout_at(deadline, gateway.tunnels_ended()).await;
+        if tokio::time::timeout_at(deadline, gateway.claims_settled()).await.is_err() {
+            tracing::warn!(claims = gateway.open_claims(), "drain_timeout is over with claims still open");
         }
-        let tunnels = self.gateway.close_tunnels().await;
+        let tunnels = gateway.close_tunnels().await;
         if tunnels > 0 {
             tracing::warn!(tunnels, "drain_timeout is over with tunnels still open");
         }
-        self.gateway.settle_open_claims().await;
+        gateway.settle_open_claims().await;
         // Callers whose claims were just settled still get their answer.
         let _ = tokio::time::timeout(Duration::from_millis(500), self.connections.wait()).await;
     }
 }
 
-/// A connection's place among `max_connections`. It belongs to the stream, which outlives its HTTP as a tunnel.
-struct Place(Arc<AtomicUsize>, Metrics);
+/// A connection's place among `max_connections` and those of its worker. It belongs to the stream, which outlives its HTTP
+/// as a tunnel.
+struct Place {
+    open: [Arc<AtomicUsize>; 2],
+    metrics: Metrics,
+}
 
 impl Place {
-    fn new(open: Arc<AtomicUsize>, metrics: Metrics) -> Self {
+    /// The first has been counted already.
+    fn new(open: [Arc<AtomicUsize>; 2], metrics: Metrics) -> Self {
         metrics.connections.inc();
-        Self(open, metrics)
+        let [_, of_worker] = &open;
+        of_worker.fetch_add(1, Ordering::AcqRel);
+        Self { open, metrics }
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
-        self.1.connections.dec();
+        for open in &self.open {
+            open.fetch_sub(1, Ordering::AcqRel);
+        }
+        self.metrics.connections.dec();
     }
 }
 
 /// Tells a client that there are too many, without reading its request.
-async fn refuse(mut stream: Stream) {
+async fn refuse(stream: Accepted) {
+    let Ok(mut stream) = stream.join_runtime() else { return };
     let detail = "The gateway has as many connections as it may have; retry after Retry-After seconds.";
     let answer = Problem::new(Code::Overloaded, detail).to_http11();
     let say = async {
@@ -314,7 +361,7 @@ mod tests {
         let listener = Listener::bind(&Address::Tcp("127.0.0.1:0".to_owned())).await.unwrap();
         let _client = TcpStream::connect(listener.address().to_string()).await.unwrap();
         let (accepted, _) = listener.accept().await.unwrap();
-        let Stream::Left(accepted) = accepted else { panic!("it is a TCP connection") };
+        let Stream::Left(accepted) = accepted.join_runtime().unwrap() else { panic!("it is a TCP connection") };
         assert!(SockRef::from(&accepted).keepalive().unwrap());
         assert!(accepted.nodelay().unwrap());
     }

@@ -5,7 +5,7 @@ use super::headers::{self, IDEMPOTENCY_OUTCOME, strip_hop_by_hop};
 use super::pass::send_problem;
 use super::problem::Problem;
 use super::reply::{BodyError, ReplyBody, recordable, to_recorded};
-use super::upstream::{Connection, SendError};
+use super::upstream::{Incoming, SendError};
 use super::{Counted, Gateway, Intercepted, OnStoreError, Route, Unrecorded as SharedResponse, unavailable};
 use crate::fault;
 use crate::idempotency::outcome::Class;
@@ -19,7 +19,6 @@ use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version, response};
 use http_body::{Body, Frame};
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
 use std::sync::Arc;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -100,7 +99,6 @@ struct Large {
     head: response::Parts,
     read: Vec<Bytes>,
     rest: Incoming,
-    connection: Connection,
 }
 
 impl Forward {
@@ -192,10 +190,7 @@ impl Forward {
                         self.tell(TaskAnswer::Problem(problem));
                     }
                     SendError::Malformed(_) => self.settle_without_response(claim, Why::Malformed, problem).await,
-                    SendError::Broken(error) => {
-                        let why = if error.is_parse() { Why::Malformed } else { Why::Reset };
-                        self.settle_without_response(claim, why, problem).await;
-                    }
+                    SendError::Broken(_) => self.settle_without_response(claim, Why::Reset, problem).await,
                 }
             }
             (Exchange::Malformed(proxy_error), _) => {
@@ -205,12 +200,13 @@ impl Forward {
         }
     }
 
-    fn request(&self, first_header: Option<Bytes>) -> Request<ForwardBody> {
+    /// The request, which is made once.
+    fn request(&mut self, first_header: Option<Bytes>) -> Request<ForwardBody> {
         let body = ForwardBody::full(self.body.as_ref().map_or_else(Bytes::new, |held| held.bytes.clone()));
         let mut request = Request::new(body);
         *request.method_mut() = self.parts.method.clone();
-        *request.uri_mut() = self.parts.uri.clone();
-        *request.headers_mut() = self.parts.headers.clone();
+        *request.uri_mut() = std::mem::take(&mut self.parts.uri);
+        *request.headers_mut() = std::mem::take(&mut self.parts.headers);
         // A re-send bears the header of the first send, byte for byte.
         if let Some(Ok(value)) = first_header.map(HeaderValue::from_maybe_shared) {
             request.headers_mut().insert(&self.route.options.header, value);
@@ -259,7 +255,7 @@ impl Forward {
 
     /// Streams what was read and what is still to come.
     async fn stream(mut self, large: Large, result: Result_) {
-        let Large { head, read, mut rest, connection } = large;
+        let Large { head, read, mut rest } = large;
         let (frames, body) = mpsc::channel(4);
         let mut response = respond(&head, ReplyBody::Relayed(body));
         if let Some(declared) = headers::declared_length(&head.headers) {
@@ -273,12 +269,12 @@ impl Forward {
         loop {
             // A client that is gone does not end the transfer: the upstream may still be at work.
             let failed = match timeout(patience, rest.frame()).await {
-                Ok(None) => return connection.finished(),
+                Ok(None) => return,
                 Ok(Some(Ok(frame))) => {
                     let _ = frames.send(Ok(frame)).await;
                     continue;
                 }
-                Ok(Some(Err(error))) => BodyError::Upstream(error),
+                Ok(Some(Err(error))) => error,
                 Err(_) => BodyError::Stalled,
             };
             let _ = frames.send(Err(failed)).await;
@@ -357,7 +353,7 @@ fn respond(head: &response::Parts, body: ReplyBody) -> Response<ReplyBody> {
 /// Sends the request and reads the response, up to `limit` bytes of its body and as far as the budget goes.
 async fn exchange(gateway: Arc<Gateway>, request: Request<ForwardBody>, limit: usize) -> (Exchange, Reservation) {
     let mut reservation = gateway.budget.reservation();
-    let (response, connection) = match gateway.upstream.send(request).await {
+    let response = match gateway.upstream.send(request).await {
         Ok(sent) => sent,
         Err(error) => return (Exchange::Failed(error), reservation),
     };
@@ -365,7 +361,7 @@ async fn exchange(gateway: Arc<Gateway>, request: Request<ForwardBody>, limit: u
     let mut read = Vec::new();
     let mut len = 0_usize;
     if rest.size_hint().lower() > limit as u64 {
-        return (Exchange::Large(Large { head, read, rest, connection }), reservation);
+        return (Exchange::Large(Large { head, read, rest }), reservation);
     }
     loop {
         match rest.frame().await {
@@ -379,11 +375,10 @@ async fn exchange(gateway: Arc<Gateway>, request: Request<ForwardBody>, limit: u
                 let fits = len <= limit && reservation.grow(data.len());
                 read.push(data);
                 if !fits {
-                    return (Exchange::Large(Large { head, read, rest, connection }), reservation);
+                    return (Exchange::Large(Large { head, read, rest }), reservation);
                 }
             }
         }
     }
-    connection.finished();
     (Exchange::Complete(head, join(read, len)), reservation)
 }

@@ -5,7 +5,7 @@ use super::headers::{self, last_hop, strip_hop_by_hop};
 use super::problem::{Code, Problem};
 use super::reply::ReplyBody;
 use super::tunnel::Offer;
-use super::upstream::{Connection, HostPolicy, Passing, SendError};
+use super::upstream::{self, HostPolicy, Passing, SendError};
 use super::{Gateway, Peer};
 use crate::telemetry::{Outcome, RouteMetrics};
 use bytes::Bytes;
@@ -53,24 +53,22 @@ impl Gateway {
         let sent = self.send_passing(Request::from_parts(parts, body), upload.as_deref()).await;
         self.metrics.upstream_seconds.observe(started.elapsed().as_secs_f64());
         match sent {
-            Ok((response, connection)) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
-                // One side switches only after the other's request is complete, and to what was offered.
-                let uploaded = upload.is_none_or(|upload| upload.sent());
-                match offer.filter(|offer| uploaded && offer.accepted_by(response.headers())) {
-                    Some(offer) => {
+            Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                let offer = offer.filter(|offer| offer.accepted_by(response.headers()));
+                match offer.and_then(|offer| self.open_tunnel(offer, response)) {
+                    Some(response) => {
                         metrics.count(Outcome::passed);
-                        self.open_tunnel(offer, response, connection)
+                        response
                     }
                     None => {
-                        connection.abort();
                         metrics.count(Outcome::failed);
                         Problem::upstream_broken("http_protocol_error").without_record().into_response(chained)
                     }
                 }
             }
-            Ok((response, connection)) => {
+            Ok(response) => {
                 metrics.count(Outcome::passed);
-                self.pass_back(response, connection)
+                self.pass_back(response)
             }
             Err(problem) => {
                 let client_failed = matches!(problem.code, Code::RequestTimeout | Code::BadRequest);
@@ -85,7 +83,7 @@ impl Gateway {
         &self,
         request: Request<ForwardBody>,
         upload: Option<&super::body::Progress>,
-    ) -> Result<(Response<Incoming>, Connection), Problem> {
+    ) -> Result<Response<upstream::Incoming>, Problem> {
         let patience = self.options.upstream.response_timeout;
         let timeout = async {
             if let Some(upload) = upload
@@ -123,13 +121,13 @@ impl Gateway {
         headers.insert(HOST, host);
     }
 
-    fn pass_back(&self, response: Response<Incoming>, connection: Connection) -> Response<ReplyBody> {
+    fn pass_back(&self, response: Response<upstream::Incoming>) -> Response<ReplyBody> {
         let (mut parts, body) = response.into_parts();
         strip_hop_by_hop(&mut parts.headers);
         parts.version = Version::HTTP_11;
         parts.extensions.clear();
         let patience = self.options.upstream.response_timeout;
-        Response::from_parts(parts, ReplyBody::Passing(Passing::new(body, connection, patience)))
+        Response::from_parts(parts, ReplyBody::Passing(Passing::new(body, patience)))
     }
 }
 
@@ -143,9 +141,7 @@ pub(super) fn send_problem(error: &SendError) -> Problem {
             proxy_error,
         ),
         SendError::Malformed(_) => Problem::upstream_broken("http_protocol_error"),
-        SendError::Broken(error) => {
-            Problem::upstream_broken(if error.is_parse() { "http_protocol_error" } else { "connection_terminated" })
-        }
+        SendError::Broken(_) => Problem::upstream_broken("connection_terminated"),
     }
 }
 

@@ -25,7 +25,9 @@ pub enum ReplyBody {
 #[derive(Debug, thiserror::Error)]
 pub enum BodyError {
     #[error("the upstream broke off its response: {0}")]
-    Upstream(#[source] hyper::Error),
+    Upstream(#[source] std::io::Error),
+    #[error("the upstream's response is malformed: {0}")]
+    Malformed(&'static str),
     #[error("the upstream's response made no progress within response_timeout")]
     Stalled,
 }

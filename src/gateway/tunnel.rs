@@ -3,7 +3,7 @@
 use super::Gateway;
 use super::headers::{connection_names, list, strip_hop_by_hop};
 use super::reply::ReplyBody;
-use super::upstream::Connection;
+use super::upstream::Incoming as UpstreamBody;
 use crate::telemetry::Metrics;
 use bytes::Bytes;
 use http::header::{CONNECTION, CONTENT_LENGTH, UPGRADE};
@@ -109,15 +109,15 @@ impl Gateway {
         open
     }
 
-    /// Answers the client with the upstream's 101, and carries bytes both ways from then on, in a task of its own.
+    /// Answers the client with the upstream's 101, and carries bytes both ways from then on, in a task of its own. `None`:
+    /// one side switches only after the other's request is complete, and this was not.
     pub(super) fn open_tunnel(
         self: &Arc<Self>,
         offer: Offer,
-        mut response: Response<Incoming>,
-        connection: Connection,
-    ) -> Response<ReplyBody> {
-        let upstream = hyper::upgrade::on(&mut response);
-        let (mut parts, _) = response.into_parts();
+        response: Response<UpstreamBody>,
+    ) -> Option<Response<ReplyBody>> {
+        let (mut parts, body) = response.into_parts();
+        let (said, upstream) = body.into_tunnel()?;
         let accepted = list(&parts.headers, &UPGRADE).collect::<Vec<_>>().join(b", ".as_slice());
         strip_hop_by_hop(&mut parts.headers);
         parts.headers.remove(CONTENT_LENGTH);
@@ -134,10 +134,8 @@ impl Gateway {
             let _open = open;
             let carried = async {
                 // The client's side is there once the 101 has been written.
-                let ends = tokio::try_join!(offer.client, upstream).map_err(io::Error::other)?;
-                // Until then the connection's own task works for it.
-                drop(connection);
-                carry(TokioIo::new(ends.0), TokioIo::new(ends.1), limits).await
+                let client = offer.client.await.map_err(io::Error::other)?;
+                carry(TokioIo::new(client), upstream, said, limits).await
             };
             tokio::select! {
                 carried = carried => if let Err(error) = carried {
@@ -146,7 +144,7 @@ impl Gateway {
                 () = close.cancelled() => tracing::debug!("a tunnel was closed by the drain"),
             }
         });
-        Response::from_parts(parts, ReplyBody::full(Bytes::new()))
+        Some(Response::from_parts(parts, ReplyBody::full(Bytes::new())))
     }
 }
 
@@ -167,13 +165,15 @@ impl Drop for Open {
 }
 
 /// Carries bytes between two streams until both directions have ended. The end of one direction ends only the write half
-/// of the other side.
-async fn carry<C, U>(mut client: C, mut upstream: U, limits: Limits) -> io::Result<()>
+/// of the other side. `said` is what the upstream has said already.
+async fn carry<C, U>(mut client: C, mut upstream: U, said: Bytes, limits: Limits) -> io::Result<()>
 where
     C: AsyncRead + AsyncWrite + Unpin,
     U: AsyncRead + AsyncWrite + Unpin,
 {
     let (mut up, mut down) = (Direction::new(limits.write_timeout), Direction::new(limits.write_timeout));
+    down.unflushed = !said.is_empty();
+    down.held = said.to_vec();
     let mut silent: Option<Pin<Box<Sleep>>> = None;
     poll_fn(|cx| {
         let up_ended = up.poll(cx, &mut client, &mut upstream)?.is_ready();
@@ -354,7 +354,7 @@ mod tests {
         client_peer.write_all(b"too late").await.unwrap();
         let limits = Limits { write_timeout: Duration::from_secs(5), half_closed_timeout: Duration::from_secs(5) };
         let mut heard = Vec::new();
-        let (carried, read) = tokio::join!(carry(client, upstream, limits), client_peer.read_to_end(&mut heard));
+        let (carried, read) = tokio::join!(carry(client, upstream, Bytes::new(), limits), client_peer.read_to_end(&mut heard));
         carried.unwrap();
         read.unwrap();
         assert_eq!(heard, b"bye");

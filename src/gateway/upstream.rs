@@ -1,25 +1,27 @@
 //! The way to the upstream: connecting, a pool of idle connections, and sending a request at most once.
 
+mod chunked;
 mod connect;
+mod exchange;
+mod head;
 pub mod tls;
 
 use super::body::ForwardBody;
-use super::headers::{is_soundly_framed, keep_alive_seconds};
 use super::reply::BodyError;
 use crate::pem::FileError;
 use crate::telemetry::Metrics;
 use bytes::Bytes;
-use connect::Link;
-use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING, UPGRADE};
-use http::{HeaderValue, Method, Request, Response, StatusCode};
+use exchange::{Failure, Link, Outgoing};
+use head::Head;
+use http::{HeaderValue, Method, Request, Response};
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::io;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 use tokio::time::{Instant, Sleep, sleep};
 
@@ -56,7 +58,9 @@ pub struct Options {
     pub host: HostPolicy,
 }
 
-/// The upstream, with its idle connections.
+pub use exchange::Incoming;
+
+/// The upstream, with one worker's idle connections to it.
 pub struct Upstream {
     options: Options,
     /// Newest last.
@@ -80,7 +84,7 @@ pub enum SendError {
     Unreachable { error: io::Error, proxy_error: &'static str },
     /// It may have been executed.
     #[error("the upstream broke off: {0}")]
-    Broken(#[source] hyper::Error),
+    Broken(#[source] io::Error),
     /// It has been answered, but not in HTTP as it should be; it may have been executed.
     #[error("the upstream's response is malformed: {0}")]
     Malformed(&'static str),
@@ -111,88 +115,67 @@ impl Upstream {
     }
 
     /// Sends a request and waits for the head of its response. It is sent again, on another connection, only when that
-    /// cannot be a second execution: the HTTP library hands it back, which it does only if not a byte of it was written; or
-    /// it is safe, without a body, and its pooled connection was closed without a byte of an answer.
+    /// cannot be a second execution: not a byte of it was written; or it is safe (RFC 9110 §9.2.1), without a body, and its
+    /// pooled connection ended without a byte of an answer. A request that is intercepted is never safe.
     ///
     /// # Errors
     /// See [`SendError`].
-    pub async fn send(
-        self: &Arc<Self>,
-        mut request: Request<ForwardBody>,
-    ) -> Result<(Response<Incoming>, Connection), SendError> {
-        let upgrade = request.headers().contains_key(UPGRADE);
+    pub async fn send(self: &Arc<Self>, request: Request<ForwardBody>) -> Result<Response<Incoming>, SendError> {
+        let safe = [Method::GET, Method::HEAD, Method::OPTIONS, Method::TRACE].contains(request.method());
+        let mut out = Outgoing::new(request);
         // A pooled connection may have been closed by the other side; after two of those a new one is surely better.
         let mut pooled_left = 2_u8;
         loop {
-            let pooled = if pooled_left > 0 { self.checkout() } else { None };
+            let pooled = if pooled_left > 0 { self.checkout().await } else { None };
             pooled_left = pooled_left.saturating_sub(1);
             let reused = pooled.is_some();
             let mut link = match pooled {
                 Some(link) => link,
                 None => self.connect().await?,
             };
-            link.expect_answer();
-            let spare = if reused { repeatable(&request) } else { None };
-            let mut failed = match link.sender.try_send_request(request).await {
-                Ok(response) => {
-                    if reused {
-                        self.metrics.upstream_reused.inc();
-                    }
-                    check(&response, upgrade).inspect_err(|_| link.abort())?;
-                    let idle_timeout = self.idle_timeout(&response);
-                    let connection = Connection { link, upstream: Arc::clone(self), idle_timeout };
-                    return Ok((response, connection));
-                }
-                Err(failed) => failed,
-            };
-            request = match (failed.take_message(), spare) {
-                (Some(unsent), _) if reused => unsent,
-                (Some(_), _) => {
-                    let error = io::Error::new(io::ErrorKind::ConnectionReset, failed.into_error());
+            let Head { response, framing, keep } = match out.exchange(&mut link, self.options.idle_timeout).await {
+                Ok(head) => head,
+                Err(Failure::Unsent(_)) if reused => continue,
+                Err(Failure::Unsent(error)) => {
                     return Err(SendError::Unreachable { error, proxy_error: "connection_terminated" });
                 }
-                (None, Some(spare)) if !link.answered() => {
+                Err(Failure::Unanswered(_)) if reused && safe && out.rewind() => {
                     self.metrics.upstream_retries.inc();
                     pooled_left = 0;
-                    spare
+                    continue;
                 }
-                (None, _) => return Err(SendError::Broken(failed.into_error())),
+                Err(Failure::Unanswered(error)) => return Err(SendError::Broken(error)),
+                Err(Failure::Final(error)) => return Err(error),
             };
+            if reused {
+                self.metrics.upstream_reused.inc();
+            }
+            let body = Incoming::new(link, out.unsent(), framing, keep, Arc::clone(self));
+            return Ok(response.map(|()| body));
         }
     }
 
     async fn connect(&self) -> Result<Link, SendError> {
-        let link = connect::connect(&self.options).await?;
+        let link = Link::new(connect::connect(&self.options).await?);
         self.metrics.upstream_connections.inc();
         Ok(link)
     }
 
-    /// `Keep-Alive: timeout=N` lowers the idle time below N: the race with the upstream's close is its to lose. Zero: the
-    /// connection is not used again.
-    fn idle_timeout(&self, response: &Response<Incoming>) -> Duration {
-        // Whoever sends both lengths may mean the other one (RFC 9112 §6.3).
-        if response.headers().contains_key(TRANSFER_ENCODING) && response.headers().contains_key(CONTENT_LENGTH) {
-            return Duration::ZERO;
-        }
-        let told = keep_alive_seconds(response.headers()).map(|seconds| Duration::from_secs(seconds.saturating_sub(1)));
-        told.map_or(self.options.idle_timeout, |told| told.min(self.options.idle_timeout))
-    }
-
-    fn checkout(&self) -> Option<Link> {
-        let now = Instant::now();
-        let mut idle = self.idle();
-        while let Some(newest) = idle.pop_back() {
-            if newest.expires > now && newest.link.sender.is_ready() {
-                return Some(newest.link);
+    /// The connection that was used last, if it is still of use.
+    async fn checkout(&self) -> Option<Link> {
+        poll_fn(|cx| {
+            let now = Instant::now();
+            while let Some(mut newest) = self.idle().pop_back() {
+                if newest.expires > now && newest.link.is_quiet(cx) {
+                    return Poll::Ready(Some(newest.link));
+                }
             }
-        }
-        None
+            Poll::Ready(None)
+        })
+        .await
     }
 
     fn put_back(&self, link: Link, idle_timeout: Duration) {
-        if idle_timeout.is_zero() || link.sender.is_closed() {
-            return;
-        }
         let mut idle = self.idle();
         if idle.len() >= IDLE_MAX {
             idle.pop_front();
@@ -200,12 +183,14 @@ impl Upstream {
         idle.push_back(Idle { link, expires: Instant::now() + idle_timeout });
     }
 
-    /// Closes idle connections whose time is over, once a second.
+    /// Closes idle connections whose time is over, or that the other side has closed, once a second.
     pub async fn close_idle(&self) {
         let mut ticks = tokio::time::interval(Duration::from_secs(1));
         loop {
             let now = ticks.tick().await;
-            self.idle().retain(|idle| idle.expires > now && !idle.link.sender.is_closed());
+            // Whoever takes one looks for himself.
+            let mut nobody = Context::from_waker(Waker::noop());
+            self.idle().retain_mut(|idle| idle.expires > now && idle.link.is_quiet(&mut nobody));
         }
     }
 
@@ -214,83 +199,17 @@ impl Upstream {
     }
 }
 
-/// A copy of a request that may be sent twice, whatever became of the first time: of a safe method (RFC 9110 §9.2.1) and
-/// without a body. A request that is intercepted never is one.
-fn repeatable(request: &Request<ForwardBody>) -> Option<Request<ForwardBody>> {
-    let safe = [Method::GET, Method::HEAD, Method::OPTIONS, Method::TRACE].contains(request.method());
-    if !safe || !request.body().is_end_stream() {
-        return None;
-    }
-    let mut copy = Request::new(ForwardBody::Full(None));
-    *copy.method_mut() = request.method().clone();
-    *copy.uri_mut() = request.uri().clone();
-    *copy.headers_mut() = request.headers().clone();
-    Some(copy)
-}
-
-/// Refuses what the HTTP library takes for a response, but is none to this request.
-fn check(response: &Response<Incoming>, upgrade: bool) -> Result<(), SendError> {
-    if response.status() == StatusCode::SWITCHING_PROTOCOLS && !upgrade {
-        return Err(SendError::Malformed("101 to a request without Upgrade"));
-    }
-    if !is_soundly_framed(response.headers()) {
-        return Err(SendError::Malformed("a response whose end is in doubt"));
-    }
-    Ok(())
-}
-
-/// A connection that is busy with a response. It goes back to the pool once that has been read; dropped before, it is
-/// closed.
-pub struct Connection {
-    link: Link,
-    upstream: Arc<Upstream>,
-    idle_timeout: Duration,
-}
-
-impl Connection {
-    /// What came back is not what it should be: the connection ends, whatever is still on its way.
-    pub fn abort(self) {
-        self.link.abort();
-    }
-
-    /// The response has been read to its end.
-    pub fn finished(self) {
-        let Self { mut link, upstream, idle_timeout } = self;
-        if link.sender.is_ready() {
-            upstream.put_back(link, idle_timeout);
-        } else if !link.sender.is_closed() && !idle_timeout.is_zero() {
-            // The connection's task is about to see the end of the response, or still writes an early-answered request.
-            tokio::spawn(async move {
-                if let Ok(Ok(())) = tokio::time::timeout(idle_timeout, link.sender.ready()).await {
-                    upstream.put_back(link, idle_timeout);
-                }
-            });
-        }
-    }
-}
-
 /// A response body on its way through. It ends if it makes no progress for `patience`.
 pub struct Passing {
     body: Incoming,
-    connection: Option<Connection>,
     patience: Duration,
     stalled: Option<Pin<Box<Sleep>>>,
 }
 
 impl Passing {
     #[must_use]
-    pub fn new(body: Incoming, connection: Connection, patience: Duration) -> Self {
-        let mut passing = Self { body, connection: Some(connection), patience, stalled: None };
-        if passing.body.is_end_stream() {
-            passing.finish();
-        }
-        passing
-    }
-
-    fn finish(&mut self) {
-        if let Some(connection) = self.connection.take() {
-            connection.finished();
-        }
+    pub fn new(body: Incoming, patience: Duration) -> Self {
+        Self { body, patience, stalled: None }
     }
 }
 
@@ -300,29 +219,13 @@ impl Body for Passing {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = self.get_mut();
-        match Pin::new(&mut this.body).poll_frame(cx) {
-            Poll::Ready(Some(Ok(frame))) => {
-                this.stalled = None;
-                if this.body.is_end_stream() {
-                    this.finish();
-                }
-                Poll::Ready(Some(Ok(frame)))
-            }
-            Poll::Ready(None) => {
-                this.finish();
-                Poll::Ready(None)
-            }
-            Poll::Ready(Some(Err(error))) => {
-                this.connection = None;
-                Poll::Ready(Some(Err(BodyError::Upstream(error))))
-            }
-            Poll::Pending => {
-                let stalled = this.stalled.get_or_insert_with(|| Box::pin(sleep(this.patience)));
-                ready!(stalled.as_mut().poll(cx));
-                this.connection = None;
-                Poll::Ready(Some(Err(BodyError::Stalled)))
-            }
+        if let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) {
+            this.stalled = None;
+            return Poll::Ready(frame);
         }
+        let stalled = this.stalled.get_or_insert_with(|| Box::pin(sleep(this.patience)));
+        ready!(stalled.as_mut().poll(cx));
+        Poll::Ready(Some(Err(BodyError::Stalled)))
     }
 
     fn is_end_stream(&self) -> bool {

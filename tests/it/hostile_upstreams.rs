@@ -287,7 +287,7 @@ fn endless_heads_are_bounded() {
 }
 
 #[test]
-fn endless_interim_responses_end_with_response_timeout() {
+fn endless_interim_responses_are_no_response() {
     let gate = Gate::default();
     let over = gate.clone();
     let upstream = Upstream::scripted(move |request, reply| {
@@ -301,10 +301,9 @@ fn endless_interim_responses_end_with_response_timeout() {
     });
     let settings = "server.workers = 1\nupstream.response_timeout = \"300ms\"\nupstream.late_window = \"300ms\"";
     let gateway = Gateway::start(&upstream, settings);
-    gateway.call(request("GET", "/x", &[], "")).expect_problem(504, "upstream_timeout");
-    gateway.post("k", "{}").expect_problem(504, "upstream_timeout");
+    gateway.call(request("GET", "/x", &[], "")).expect_problem(502, "upstream_broken");
+    gateway.post("k", "{}").expect_problem(502, "upstream_broken");
     next(&gateway).unwrap();
-    eventually("it is given up", || (gateway.metric("oncegate_upstream_in_flight") == 0.0).then_some(()));
     gate.open();
     gateway.post("k", "{}").expect_problem(409, "outcome_unknown");
 }

@@ -24,7 +24,7 @@ fn closes_on_reuse(last: &'static str, reset: bool) -> Upstream {
 
 /// One request that fills the pool, then this one on the same connection.
 fn on_a_reused_connection(upstream: &Upstream, text: &str) -> (Gateway, Client) {
-    let gateway = Gateway::start(upstream, "upstream.idle_timeout = \"60s\"");
+    let gateway = Gateway::start(upstream, "server.workers = 1\nupstream.idle_timeout = \"60s\"");
     gateway.call(request("GET", "/first", &[], ""));
     wait_for_idle(&gateway, 1.0);
     let mut client = Client::connect(gateway.addr);
@@ -81,7 +81,7 @@ fn what_may_have_been_executed_never_goes_out_again() {
 #[test]
 fn a_new_connection_gets_one_try() {
     let upstream = Upstream::scripted(|_, reply| reply.close());
-    let gateway = Gateway::start(&upstream, "");
+    let gateway = Gateway::start(&upstream, "server.workers = 1");
     gateway.call(request("GET", "/x", &[], "")).expect_problem(502, "upstream_broken");
     assert_eq!(upstream.count(), 1);
 
@@ -169,7 +169,7 @@ fn a_bad_response_never_becomes_part_of_the_next_one() {
         Some(n) => reply.raw(&answers[n.parse::<usize>().unwrap()]),
         None => reply.send(200, &[], &request.target),
     });
-    let gateway = Gateway::start(&upstream, "");
+    let gateway = Gateway::start(&upstream, "server.workers = 1");
     for (n, (method, status, bytes)) in bad.into_iter().enumerate() {
         let bytes = &bytes[..bytes.len().min(200)];
         for round in 0..3 {
@@ -203,7 +203,7 @@ fn a_bad_response_to_a_claimed_request_leaves_its_outcome_unknown_and_the_next_o
         Some(n) => reply.raw(&answers[n.parse::<usize>().unwrap()]),
         None => reply.send(201, &[], request.key().unwrap()),
     });
-    let gateway = Gateway::start(&upstream, "");
+    let gateway = Gateway::start(&upstream, "server.workers = 1");
     for (n, (_, status, bytes)) in bad.into_iter().enumerate() {
         let bytes = &bytes[..bytes.len().min(200)];
         let key = format!("bad-{n}");
@@ -233,7 +233,7 @@ fn bytes_on_an_idle_connection_end_it() {
         }
         _ => reply.send(200, &[], "good"),
     });
-    let gateway = Gateway::start(&upstream, "upstream.idle_timeout = \"60s\"");
+    let gateway = Gateway::start(&upstream, "server.workers = 1\nupstream.idle_timeout = \"60s\"");
     gateway.call(request("GET", "/late", &[], ""));
     wait_for_idle(&gateway, 1.0);
     wait_for_idle(&gateway, 0.0);
@@ -262,7 +262,7 @@ fn a_connection_that_the_upstream_wants_to_end_is_not_used_again() {
         "HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
     ] {
         let upstream = Upstream::scripted(move |_, reply| reply.raw(head));
-        let gateway = Gateway::start(&upstream, "");
+        let gateway = Gateway::start(&upstream, "server.workers = 1");
         for n in 1..=3 {
             assert_eq!(gateway.call(request("GET", "/x", &[], "")).text(), "ok");
             assert_eq!(upstream.connections(), n);
@@ -270,7 +270,7 @@ fn a_connection_that_the_upstream_wants_to_end_is_not_used_again() {
     }
     let head = "HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nok";
     let upstream = Upstream::scripted(move |_, reply| reply.raw(head));
-    let gateway = Gateway::start(&upstream, "");
+    let gateway = Gateway::start(&upstream, "server.workers = 1");
     for _ in 1..=3 {
         assert_eq!(gateway.call(request("GET", "/x", &[], "")).text(), "ok");
         wait_for_idle(&gateway, 1.0);
@@ -282,7 +282,7 @@ fn a_connection_that_the_upstream_wants_to_end_is_not_used_again() {
 fn a_connection_whose_response_had_both_lengths_is_not_used_again() {
     let head = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n";
     let upstream = Upstream::scripted(move |_, reply| reply.raw(head));
-    let gateway = Gateway::start(&upstream, "upstream.idle_timeout = \"60s\"");
+    let gateway = Gateway::start(&upstream, "server.workers = 1\nupstream.idle_timeout = \"60s\"");
     for n in 1..=3 {
         assert_eq!(gateway.call(request("GET", "/x", &[], "")).text(), "ok");
         assert_eq!(gateway.post(&format!("k{n}"), "{}").text(), "ok");

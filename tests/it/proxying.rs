@@ -134,7 +134,8 @@ const HOST_BY_NAME: &[Row] = &[
 #[track_caller]
 fn run(rows: &[Row], settings: &str, ends: bool) {
     let tap = Tap::start();
-    let gateway = Gateway::start_before(&tap.url(), settings);
+    // One worker: what is left on a connection to the upstream meets the next request.
+    let gateway = Gateway::start_before(&tap.url(), &format!("server.workers = 1\n{settings}"));
     let failures = rows.iter().filter_map(|row| {
         let why = row.check(&tap, &gateway, ends).err()?;
         Some(format!("[{}] {}: {why}", row.rfc, row.name))

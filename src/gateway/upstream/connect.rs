@@ -1,63 +1,35 @@
 //! Making connections to the upstream.
 
 use super::{Endpoint, Options, SendError};
-use crate::gateway::body::ForwardBody;
 use crate::gateway::tunnel::KEEPALIVE;
-use hyper::client::conn::http1::{self, SendRequest};
-use hyper_util::rt::TokioIo;
 use socket2::SockRef;
-use std::io::{self, IoSlice};
+use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll, ready};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout_at};
+use tokio_rustls::client::TlsStream;
+use tokio_util::either::Either;
 
-/// A connection as the HTTP library keeps it, and whether anything has come back on it.
-pub(super) struct Link {
-    pub(super) sender: SendRequest<ForwardBody>,
-    answered: Arc<AtomicBool>,
-    task: AbortHandle,
-}
-
-impl Link {
-    /// Ends the connection at once, even one that still has a request to write.
-    pub(super) fn abort(&self) {
-        self.task.abort();
-    }
-
-    /// A new exchange begins: nothing has come back for it yet.
-    pub(super) fn expect_answer(&self) {
-        self.answered.store(false, Ordering::Release);
-    }
-
-    /// Whether a byte has come back since.
-    pub(super) fn answered(&self) -> bool {
-        self.answered.load(Ordering::Acquire)
-    }
-}
+/// A connection's bytes.
+pub(in crate::gateway) type Stream = Either<TcpStream, Either<UnixStream, Box<TlsStream<TcpStream>>>>;
 
 /// Connects within `connect_timeout`: name resolution, all addresses and TLS together.
 ///
 /// # Errors
 /// [`SendError::Unreachable`].
-pub(super) async fn connect(options: &Options) -> Result<Link, SendError> {
+pub(super) async fn connect(options: &Options) -> Result<Stream, SendError> {
     let deadline = Instant::now() + options.connect_timeout;
     match &options.endpoint {
         Endpoint::Tcp { host, port } => {
             let stream = connect_tcp(host, *port, deadline).await.map_err(unreachable)?;
             match &options.tls {
-                Some(tls) => handshake(tls.connect(stream, deadline).await?).await,
-                None => handshake(stream).await,
+                Some(tls) => Ok(Either::Right(Either::Right(Box::new(tls.connect(stream, deadline).await?)))),
+                None => Ok(Either::Left(stream)),
             }
         }
         Endpoint::Unix(path) => {
             let stream = timeout_at(deadline, UnixStream::connect(path)).await.unwrap_or_else(|_| Err(timed_out()));
-            handshake(stream.map_err(unreachable)?).await
+            Ok(Either::Right(Either::Left(stream.map_err(unreachable)?)))
         }
     }
 }
@@ -101,71 +73,6 @@ async fn connect_any(addresses: Vec<SocketAddr>, deadline: Instant) -> io::Resul
         }
     }
     Err(last)
-}
-
-/// Bytes read ahead of a client that takes them slowly; a response's head may not be larger.
-const READ_BUFFER_MAX: usize = 64 * 1024;
-
-async fn handshake<T>(stream: T) -> Result<Link, SendError>
-where
-    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let answered = Arc::new(AtomicBool::new(false));
-    let stream = Watched { stream, answered: Arc::clone(&answered) };
-    let (sender, connection) = http1::Builder::new()
-        .max_buf_size(READ_BUFFER_MAX)
-        .handshake(TokioIo::new(stream))
-        .await
-        .map_err(|error| unreachable(io::Error::other(error)))?;
-    let task = tokio::spawn(async move {
-        // What goes wrong is told to whoever waits for a response.
-        let _ = connection.with_upgrades().await;
-    });
-    Ok(Link { sender, answered, task: task.abort_handle() })
-}
-
-/// A stream that notes whether anything has been read from it.
-struct Watched<S> {
-    stream: S,
-    answered: Arc<AtomicBool>,
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        let before = buf.filled().len();
-        ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
-        if buf.filled().len() > before {
-            this.answered.store(true, Ordering::Release);
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().stream).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().stream).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
-    }
 }
 
 #[cfg(test)]
