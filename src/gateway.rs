@@ -6,6 +6,7 @@ mod forward;
 pub mod headers;
 pub mod identity;
 pub mod key;
+mod options;
 mod pass;
 pub mod path;
 pub mod problem;
@@ -16,7 +17,7 @@ pub mod tunnel;
 pub mod upstream;
 
 use crate::idempotency::fingerprint::Payload;
-use crate::idempotency::{FingerprintSettings, Millis, Origin, OutcomeTable, Policy};
+use crate::idempotency::{Millis, Origin};
 use crate::ledger::{Answer, Arrival, Arrived, Budget, Held, Ledger, Settlement};
 use crate::store::{AnyStore, StoreError};
 use crate::telemetry::{Metrics, Outcome, RouteMetrics};
@@ -28,77 +29,20 @@ use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
-use ipnet::IpNet;
 use key::Key;
+pub use options::{MissingKey, OnStoreError, Options, ReplayAuth, RouteOptions};
 use path::{NormalPath, Params, Readings};
 use problem::{Code, Problem};
 use reply::ReplyBody;
 use scope::Secret;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tunnel::Tunnels;
 use upstream::Upstream;
-
-/// Everything the gateway needs to know that is not about connections.
-#[derive(Clone, Debug)]
-pub struct Options {
-    pub routes: Vec<RouteOptions>,
-    pub trusted_proxies: Vec<IpNet>,
-    /// Largest body of an intercepted request with a key, in bytes.
-    pub max_body: usize,
-    /// Bytes of buffered bodies, all requests together.
-    pub max_buffered: usize,
-    pub body_timeout: Duration,
-    pub tunnels: tunnel::Limits,
-    pub upstream: upstream::Options,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MissingKey {
-    Pass,
-    Reject,
-    Derive,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnStoreError {
-    Reject,
-    Pass,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReplayAuth {
-    Scope,
-    /// Whoever knows tenant and key gets the replay.
-    None,
-}
-
-/// One `[[routes]]` entry with `[idempotency]` merged in.
-#[derive(Clone, Debug)]
-pub struct RouteOptions {
-    pub pattern: route::Pattern,
-    pub case_sensitive: bool,
-    /// The header that bears the key.
-    pub header: HeaderName,
-    pub missing_key: MissingKey,
-    pub scope: Vec<scope::Part>,
-    pub fingerprint: FingerprintSettings,
-    pub policy: Policy,
-    pub outcomes: OutcomeTable,
-    pub wait_timeout: Duration,
-    pub max_waiters_per_key: usize,
-    pub on_store_error: OnStoreError,
-    pub max_recorded_body: usize,
-    pub drop_headers: Vec<HeaderName>,
-    pub credential_headers: Vec<HeaderName>,
-    pub trusted_headers: Vec<HeaderName>,
-    pub replay_auth: ReplayAuth,
-}
 
 /// Who sent a request.
 #[derive(Clone, Debug)]
@@ -240,7 +184,8 @@ impl Gateway {
             return self.pass(request, peer, &route.metrics, chained).await;
         }
         let intercepted = Intercepted { route, path, params, key, peer: peer.clone(), chained };
-        self.intercept(request, intercepted).await
+        // What this takes is not part of every request that passes through.
+        Box::pin(self.intercept(request, intercepted)).await
     }
 
     /// The route that a normalised path belongs to: the first that matches, in the order of the configuration.
@@ -278,9 +223,8 @@ impl Gateway {
             }
         };
         route.metrics.count(outcome);
-        let record = record.map(|id: crate::store::RecordId| id.to_string());
         tracing::info!(
-            record,
+            record = record.map(|id: crate::store::RecordId| tracing::field::display(id)),
             route = route.options.pattern.as_str(),
             result = outcome.as_str(),
             status = response.status().as_u16(),
@@ -316,8 +260,13 @@ impl Gateway {
                 key
             }
         };
+        let id = tenant.record_id(&key.decoded);
+        *record = Some(id);
+        if let Some(answer) = self.ledger.answer_from_cache(id, &options.policy, fingerprint) {
+            return self.answer(answer, false);
+        }
         let arrival = Arrival {
-            id: tenant.record_id(&key.decoded),
+            id,
             origin: Origin {
                 key: key.decoded.clone(),
                 key_header: Bytes::copy_from_slice(key.header.as_bytes()),
@@ -331,7 +280,6 @@ impl Gateway {
             policy: options.policy,
             max_waiters: options.max_waiters_per_key,
         };
-        *record = Some(arrival.id);
         self.settle_on(arrival, parts, body, &intercepted).await
     }
 

@@ -145,13 +145,23 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
         Ok(recovered)
     }
 
+    /// The answer of a completed record that is in the hot cache: the shortest way through.
+    #[must_use]
+    pub fn answer_from_cache(&self, id: RecordId, policy: &Policy, fingerprint: Fingerprint) -> Option<Answer> {
+        let now = self.0.clock.now();
+        let record = self.0.hot.get(id, now)?;
+        let answer = judge(policy, fingerprint, now, &record, false)?;
+        self.0.metrics.cache_hits.inc();
+        Some(answer)
+    }
+
     /// Decides on an arrival by what this gateway holds in memory. `body` may be exchanged for an equal one that is shared.
     pub fn arrive(&self, arrival: &Arrival, body: &mut Held) -> Arrived<S, R> {
         let shared = &self.0;
         let now = shared.clock.now();
         if let Some(record) = shared.hot.get(arrival.id, now) {
             shared.metrics.cache_hits.inc();
-            if let Some(answer) = judge(arrival, now, &record, false) {
+            if let Some(answer) = judge(&arrival.policy, arrival.fingerprint, now, &record, false) {
                 return Arrived::Answer(answer);
             }
         } else {
@@ -164,7 +174,8 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
             Ok(slot) => slot,
         };
         let claimed = slot.claimed();
-        if let Some(answer) = claimed.as_ref().and_then(|record| judge(arrival, now, record, slot.is_late())) {
+        let judge = |record| judge(&arrival.policy, arrival.fingerprint, now, record, slot.is_late());
+        if let Some(answer) = claimed.as_ref().and_then(judge) {
             return Arrived::Answer(answer);
         }
         slot.share_body(body);
@@ -177,7 +188,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
     /// The answer that a record gives to an arrival; `None`: it says to wait or to claim.
     #[must_use]
     pub fn answer_from(&self, arrival: &Arrival, record: &Arc<Record>) -> Option<Answer> {
-        judge(arrival, self.0.clock.now(), record, false)
+        judge(&arrival.policy, arrival.fingerprint, self.0.clock.now(), record, false)
     }
 
     /// The answer that the store's record gives, without claiming anything; `None`: the key would have to be claimed.
@@ -188,7 +199,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
         match self.0.store.get(arrival.id).await {
             Ok(None) => Ok(None),
             Ok(Some(entry)) => match decode(arrival.id, entry) {
-                Some((_, record)) => Ok(judge(arrival, self.0.clock.now(), &Arc::new(record), false)),
+                Some((_, record)) => Ok(self.answer_from(arrival, &Arc::new(record))),
                 None => Ok(Some(Answer::OutcomeUnknown)),
             },
             Err(StoreError::Damaged { id, detail }) => Ok(Some(damaged(id, &detail))),
@@ -248,10 +259,10 @@ impl<S: Store, R> Shared<S, R> {
 }
 
 /// What a record that was read means for an arrival; `None`: wait for it, or claim the key.
-fn judge(arrival: &Arrival, now: Millis, record: &Arc<Record>, late: bool) -> Option<Answer> {
-    // The token is not used: nothing of this step is written.
-    let event = arrive_event(arrival, ClaimToken([0; 16]));
-    answer(step(&arrival.policy, now, Some(record), &event).decision, record, late)
+fn judge(policy: &Policy, fingerprint: Fingerprint, now: Millis, record: &Arc<Record>, late: bool) -> Option<Answer> {
+    // Origin and token are not used: nothing of this step is written.
+    let event = Event::Arrive { origin: Origin::default(), fingerprint, token: ClaimToken([0; 16]) };
+    answer(step(policy, now, Some(record), &event).decision, record, late)
 }
 
 fn answer(decision: Decision, record: &Arc<Record>, late: bool) -> Option<Answer> {
@@ -303,10 +314,10 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Lead<S, R> {
         };
         let record = Arc::new(record);
         if let Decision::Forward { resend } = decision {
-            shared.metrics.claim_seconds.observe(started.elapsed().as_secs_f64());
+            shared.metrics.claim_seconds.observe(started.elapsed());
             owner.slot().set_claimed(Arc::clone(&record));
             let held = HeldClaim { shared, arrival, owner, version, record };
-            return Ok(ClaimResult::Claimed(Claim { held: Some(held), resend }));
+            return Ok(ClaimResult::Claimed(Claim { held: Some(Box::new(held)), resend }));
         }
         shared.hot.put(arrival.id, Arc::clone(&record), shared.clock.now());
         // A claim in the store without a slot here is one whose outcome could not be written: nobody is at it.
@@ -320,7 +331,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Lead<S, R> {
 
 /// A durable claim. It is settled by [`Claim::settle`]; dropped without, it is settled as unknown.
 pub struct Claim<S: Store, R: Clone + Send + Sync + 'static> {
-    held: Option<HeldClaim<S, R>>,
+    held: Option<Box<HeldClaim<S, R>>>,
     /// The request may have been executed before: an earlier send's outcome is unknown.
     pub resend: bool,
 }
@@ -360,7 +371,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Claim<S, R> {
 }
 
 impl<S: Store, R: Clone + Send + Sync + 'static> HeldClaim<S, R> {
-    async fn settle(self, outcome: Outcome, shared_response: Option<R>) -> Result<(), StoreError> {
+    async fn settle(self: Box<Self>, outcome: Outcome, shared_response: Option<R>) -> Result<(), StoreError> {
         let metrics = &self.shared.metrics;
         match &outcome {
             Outcome::Final(_) => metrics.settled_final.inc(),
@@ -389,12 +400,12 @@ impl<S: Store, R: Clone + Send + Sync + 'static> HeldClaim<S, R> {
         let Self { shared, arrival, version, record, .. } = self;
         let started = Instant::now();
         let settled = shared.apply(arrival.id, &arrival.policy, Some((*version, Record::clone(record))), event).await;
-        shared.metrics.settle_seconds.observe(started.elapsed().as_secs_f64());
+        shared.metrics.settle_seconds.observe(started.elapsed());
         settled
     }
 
-    fn finish(self, settled: (Decision, Option<(Version, Record)>), shared_response: Option<R>) {
-        let Self { shared, arrival, owner, .. } = self;
+    fn finish(self: Box<Self>, settled: (Decision, Option<(Version, Record)>), shared_response: Option<R>) {
+        let Self { shared, arrival, owner, .. } = *self;
         match settled {
             (Decision::Settled, Some((_, record))) if matches!(record.state, State::Completed { .. }) => {
                 let record = Arc::new(record);
@@ -409,7 +420,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> HeldClaim<S, R> {
         }
     }
 
-    async fn settle_when_there_is_room(self, event: Event) {
+    async fn settle_when_there_is_room(self: Box<Self>, event: Event) {
         loop {
             tokio::time::sleep(ROOM_CHECK).await;
             match self.write(&event).await {

@@ -7,7 +7,7 @@
 //! # Life of a request
 //!
 //! ```text
-//! server      accept, TLS, HTTP/1.1 or HTTP/2, time limits         server.rs, server/{tls,connection,http2,timed_io}.rs
+//! server      accept, a worker, TLS, HTTP/1.1 or 2, time limits    server.rs, server/{workers,tls,connection,http2,timed_io}.rs
 //! gateway     check → route → no: pass through, streaming          gateway.rs, gateway/{headers,path,route,pass}.rs
 //!                     Upgrade → 101: a tunnel                      gateway/tunnel.rs
 //!             key → scope → body (capped) → fingerprint            gateway/{key,scope,body}.rs, idempotency/fingerprint.rs
@@ -28,11 +28,12 @@
 //! - [`admin`], [`telemetry`]: liveness, readiness, metrics, logs.
 //! - [`config`]: the configuration file, the environment and the flags, resolved into each module's own options.
 //! - [`pem`]: certificates and keys from files, for TLS on both sides.
+//! - `timer`: time limits that are set once a request.
 //! - [`run`]: wires it all together. [`clock`]: the one place that reads the system's clocks.
 //!
 //! Who may import whom is checked by `tests/tidy.rs`: `main`, `run` → everything; server → gateway → ledger →
-//! {idempotency, store}; server, gateway → pem; admin → telemetry, server's addresses; idempotency, store, pem → nothing of
-//! ours.
+//! {idempotency, store}; server, gateway → pem, timer; admin → telemetry, server's addresses; idempotency, store, pem, timer → nothing
+//! of ours.
 //!
 //! # Invariants
 //!
@@ -46,8 +47,9 @@
 //! 7. Every queue, body, wait and loop has a configured limit.
 //! 8. After a failed flush the store is failed for good: it acknowledges nothing more and never retries the flush.
 //! 9. Network input, configuration and stored bytes never cause a panic.
-//! 10. A pass-through allocates no body box and spawns no task per request, but for a tunnel (the HTTP library does, for
-//!     an HTTP/2 stream); its only lock is the pool's, held for a pop.
+//! 10. A client's connection stays on one worker, a thread with a runtime and upstream connections of its own. A
+//!     pass-through allocates no body box, spawns no task per request, but for a tunnel (the HTTP library does, for an
+//!     HTTP/2 stream), and meets no lock that another worker takes.
 
 pub mod admin;
 pub mod clock;
@@ -61,3 +63,4 @@ pub mod run;
 pub mod server;
 pub mod store;
 pub mod telemetry;
+mod timer;

@@ -1,13 +1,16 @@
 //! Every metric name, in one file; and the set-up of logging.
 
-use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric};
+use prometheus_client::encoding::{
+    DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric, MetricEncoder, NoLabelSet,
+};
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
-use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::metrics::{MetricType, TypedMetric};
 use prometheus_client::registry::{Registry, Unit};
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// How a request ended, as dashboards see it.
@@ -91,6 +94,55 @@ impl RouteMetrics {
     }
 }
 
+/// A histogram of durations that is observed without a lock.
+#[derive(Clone, Debug, Default)]
+pub struct Durations(Arc<Observed>);
+
+/// Buckets of a histogram of durations, each up to twice as long as the one before, from 50 µs to 52 s; then the rest.
+const BUCKETS: usize = 22;
+const SHORTEST_NS: u64 = 50_000;
+
+#[derive(Debug, Default)]
+struct Observed {
+    counts: [AtomicU64; BUCKETS],
+    sum_ns: AtomicU64,
+}
+
+impl Durations {
+    pub fn observe(&self, duration: Duration) {
+        let ns = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+        let doublings = (ns.saturating_sub(1) / SHORTEST_NS).checked_ilog2().map_or(0, |log| log + 1);
+        if let Some(count) = self.0.counts.get(doublings as usize).or(self.0.counts.last()) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        self.0.sum_ns.fetch_add(ns, Ordering::Relaxed);
+    }
+}
+
+impl TypedMetric for Durations {
+    const TYPE: MetricType = MetricType::Histogram;
+}
+
+impl EncodeMetric for Durations {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), fmt::Error> {
+        let mut next = Duration::from_nanos(SHORTEST_NS).as_secs_f64();
+        let buckets = self.0.counts.each_ref().map(|count| {
+            let upper = next;
+            next *= 2.0;
+            (upper, count.load(Ordering::Relaxed))
+        });
+        let count = buckets.iter().map(|(_, count)| count).sum();
+        let [bounded @ .., (_, rest)] = buckets;
+        let buckets = [bounded.as_slice(), &[(f64::INFINITY, rest)]].concat();
+        let sum = Duration::from_nanos(self.0.sum_ns.load(Ordering::Relaxed)).as_secs_f64();
+        encoder.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
+    }
+
+    fn metric_type(&self) -> MetricType {
+        Self::TYPE
+    }
+}
+
 /// Everything that is counted or measured while serving.
 #[derive(Clone, Debug)]
 pub struct Metrics {
@@ -101,9 +153,9 @@ pub struct Metrics {
     pub settled_unknown: Counter,
     pub settle_failures: Counter,
     /// Time to the complete response of a claimed forward, or to the head of a passed one.
-    pub upstream_seconds: Histogram,
-    pub claim_seconds: Histogram,
-    pub settle_seconds: Histogram,
+    pub upstream_seconds: Durations,
+    pub claim_seconds: Durations,
+    pub settle_seconds: Durations,
     pub cache_hits: Counter,
     pub cache_misses: Counter,
     pub waiters: Gauge,
@@ -120,8 +172,6 @@ pub struct Metrics {
 
 impl Default for Metrics {
     fn default() -> Self {
-        // 50 µs to 52 s.
-        let seconds = || Histogram::new(exponential_buckets(0.000_05, 2.0, 21));
         let settled = Family::<SettledLabel, Counter>::default();
         let by_outcome = |outcome| settled.get_or_create_owned(&SettledLabel { outcome });
         Self {
@@ -131,9 +181,9 @@ impl Default for Metrics {
             settled_unknown: by_outcome("unknown"),
             settled,
             settle_failures: Counter::default(),
-            upstream_seconds: seconds(),
-            claim_seconds: seconds(),
-            settle_seconds: seconds(),
+            upstream_seconds: Durations::default(),
+            claim_seconds: Durations::default(),
+            settle_seconds: Durations::default(),
             cache_hits: Counter::default(),
             cache_misses: Counter::default(),
             waiters: Gauge::default(),
@@ -300,4 +350,32 @@ pub fn init_logging(format: LogFormat) {
         LogFormat::Text => builder.with_ansi(false).try_init(),
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_fall_into_the_bucket_that_ends_at_or_above_them() {
+        let mut registry = Registry::default();
+        let durations = Durations::default();
+        registry.register("t", "t", durations.clone());
+        for ns in [0, 49_999, 50_000, 50_001, 100_000, 100_001, 52_428_800_000, 52_428_800_001, u64::MAX / 2] {
+            durations.observe(Duration::from_nanos(ns));
+        }
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        for line in [
+            "t_bucket{le=\"0.00005\"} 3\n",
+            "t_bucket{le=\"0.0001\"} 5\n",
+            "t_bucket{le=\"0.0002\"} 6\n",
+            "t_bucket{le=\"26.2144\"} 6\n",
+            "t_bucket{le=\"52.4288\"} 7\n",
+            "t_bucket{le=\"+Inf\"} 9\n",
+            "t_count 9\n",
+        ] {
+            assert!(text.contains(line), "{line}{text}");
+        }
+    }
 }

@@ -10,7 +10,20 @@ const IMPORTS: &[(&str, &[&str])] = &[
     // Declares the modules, and links to them in its documentation.
     (
         "lib",
-        &["admin", "clock", "config", "gateway", "idempotency", "ledger", "pem", "run", "server", "store", "telemetry"],
+        &[
+            "admin",
+            "clock",
+            "config",
+            "gateway",
+            "idempotency",
+            "ledger",
+            "pem",
+            "run",
+            "server",
+            "store",
+            "telemetry",
+            "timer",
+        ],
     ),
     ("main", &["config", "idempotency", "run", "telemetry"]),
     // Wires all of them together.
@@ -18,8 +31,8 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("fault", &[]),
     // Resolves the raw configuration into everybody's options.
     ("config", &["admin", "gateway", "idempotency", "ledger", "pem", "server", "store", "telemetry"]),
-    ("server", &["gateway", "pem", "telemetry", "clock"]),
-    ("gateway", &["fault", "ledger", "idempotency", "pem", "telemetry"]),
+    ("server", &["gateway", "pem", "telemetry", "clock", "timer"]),
+    ("gateway", &["fault", "ledger", "idempotency", "pem", "telemetry", "timer"]),
     ("ledger", &["idempotency", "store", "telemetry", "clock"]),
     ("admin", &["ledger", "telemetry", "server"]),
     ("telemetry", &[]),
@@ -27,6 +40,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("idempotency", &[]),
     ("store", &[]),
     ("pem", &[]),
+    ("timer", &[]),
 ];
 
 /// Single names of another module that a module may use beside [`IMPORTS`], each with the reason.

@@ -19,9 +19,10 @@ use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version, response};
 use http_body::{Body, Frame};
 use http_body_util::BodyExt;
+use std::pin::pin;
 use std::sync::Arc;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 /// What a forward's task tells the request that started it.
 pub(super) enum TaskAnswer {
@@ -70,7 +71,7 @@ impl Gateway {
         body: Held,
         intercepted: &Intercepted,
         permit: OwnedSemaphorePermit,
-    ) -> Forward {
+    ) -> Box<Forward> {
         headers::prepare_request(&mut parts.headers, parts.version, &intercepted.peer);
         self.set_host(&mut parts.headers);
         parts.headers.insert(CONTENT_LENGTH, body.bytes.len().into());
@@ -78,7 +79,8 @@ impl Gateway {
         parts.version = Version::HTTP_11;
         parts.extensions.clear();
         let route = Arc::clone(&intercepted.route);
-        Forward { gateway: Arc::clone(self), route, parts, body: Some(body), _permit: permit, reply: None }
+        let gateway = Arc::clone(self);
+        Box::new(Forward { gateway, route, parts, body: Some(body), _permit: permit, reply: None })
     }
 }
 
@@ -103,7 +105,7 @@ struct Large {
 
 impl Forward {
     /// Runs the forward in a task of its own and waits for what it has to say.
-    pub(super) async fn start(mut self, lead: Lead_) -> TaskAnswer {
+    pub(super) async fn start(mut self: Box<Self>, lead: Lead_) -> TaskAnswer {
         let (reply, answer) = oneshot::channel();
         self.reply = Some(reply);
         let gateway = Arc::clone(&self.gateway);
@@ -118,13 +120,13 @@ impl Forward {
         }
     }
 
-    async fn run(mut self, lead: Lead_) {
+    async fn run(mut self: Box<Self>, lead: Lead_) {
         let claim = match lead.claim().await {
             Ok(ClaimResult::Claimed(claim)) => claim,
             Ok(ClaimResult::Answer(answer)) => return self.tell(TaskAnswer::Record(answer)),
             Err(error) if self.route.options.on_store_error == OnStoreError::Pass => {
                 tracing::warn!(%error, "the store is unavailable; forwarding without a record, as on_store_error says");
-                return self.pass_unrecorded().await;
+                return Box::pin(self.pass_unrecorded()).await;
             }
             Err(error) => return self.tell(TaskAnswer::Problem(unavailable(&error))),
         };
@@ -140,63 +142,63 @@ impl Forward {
     }
 
     /// Sends the request and settles by what comes back, be it late.
-    async fn exchange_and_settle(mut self, claim: Claim_) {
-        let gateway = Arc::clone(&self.gateway);
-        let options = gateway.upstream.options();
+    async fn exchange_and_settle(mut self: Box<Self>, claim: Claim_) {
         let started = Instant::now();
         let request = self.request(claim.resend.then(|| claim.key_header()).flatten());
-        let exchange = exchange(Arc::clone(&gateway), request, self.route.options.max_recorded_body);
-        tokio::pin!(exchange);
-        let in_time = tokio::select! {
-            biased;
-            done = &mut exchange => Some(done),
-            () = sleep_until(started + options.response_timeout) => None,
-            () = gateway.give_up.cancelled() => {
-                return self.settle_without_response(claim, Why::Shutdown, Problem::draining()).await;
-            }
+        let (done, reservation) = match self.exchange(request, &claim).await {
+            Ok(done) => done,
+            Err((why, problem)) => return self.settle_without_response(claim, why, problem).await,
         };
-        let done = match in_time {
-            Some(done) => done,
-            None => {
-                claim.set_late();
-                self.body = None;
-                self.tell(TaskAnswer::Problem(Problem::upstream_timeout()));
-                tokio::select! {
-                    biased;
-                    done = &mut exchange => done,
-                    () = sleep(options.late_window) => {
-                        return self.settle_without_response(claim, Why::Timeout, Problem::outcome_unknown()).await;
-                    }
-                    () = gateway.give_up.cancelled() => {
-                        return self.settle_without_response(claim, Why::Shutdown, Problem::draining()).await;
-                    }
-                }
-            }
-        };
-        gateway.metrics.upstream_seconds.observe(started.elapsed().as_secs_f64());
+        self.gateway.metrics.upstream_seconds.observe(started.elapsed());
         fault::point("after-forward");
-        match done {
-            (Exchange::Complete(head, body), reservation) => {
+        let (why, problem) = match done {
+            Exchange::Complete(head, body) => {
                 self.settle_complete(claim, head, body).await;
-                drop(reservation);
+                return drop(reservation);
             }
-            (Exchange::Large(large), _) => self.settle_large(claim, large).await,
-            (Exchange::Failed(error), _) => {
+            Exchange::Large(large) => return Box::pin(self.settle_large(claim, large)).await,
+            Exchange::Malformed(proxy_error) => (Why::Malformed, Problem::upstream_broken(proxy_error)),
+            Exchange::Failed(error) => {
                 let problem = send_problem(&error);
                 match error {
                     SendError::Unreachable { .. } => {
                         let shared = Arc::new(Unrecorded::Problem(problem.clone()));
                         settle(claim, Outcome::NotExecuted(Evidence::ThisSend), Some(shared)).await;
-                        self.tell(TaskAnswer::Problem(problem));
+                        return self.tell(TaskAnswer::Problem(problem));
                     }
-                    SendError::Malformed(_) => self.settle_without_response(claim, Why::Malformed, problem).await,
-                    SendError::Broken(_) => self.settle_without_response(claim, Why::Reset, problem).await,
+                    SendError::Malformed(_) => (Why::Malformed, problem),
+                    // A buffered body does not break off, and the time is kept here.
+                    SendError::Broken(_) | SendError::Upload(_) | SendError::TimedOut => (Why::Reset, problem),
                 }
             }
-            (Exchange::Malformed(proxy_error), _) => {
-                let problem = Problem::upstream_broken(proxy_error);
-                self.settle_without_response(claim, Why::Malformed, problem).await;
-            }
+        };
+        self.settle_without_response(claim, why, problem).await;
+    }
+
+    /// Sends the request and waits for what comes back: for the caller as long as `response_timeout`, for the record
+    /// `late_window` longer. The error: why there is no more to wait for.
+    async fn exchange(
+        &mut self,
+        request: Request<ForwardBody>,
+        claim: &Claim_,
+    ) -> Result<(Exchange, Reservation), (Why, Problem)> {
+        let gateway = Arc::clone(&self.gateway);
+        let options = gateway.upstream.options();
+        let mut exchange = pin!(exchange(&gateway, request, self.route.options.max_recorded_body));
+        tokio::select! {
+            biased;
+            done = &mut exchange => return Ok(done),
+            () = sleep(options.response_timeout) => {}
+            () = gateway.give_up.cancelled() => return Err((Why::Shutdown, Problem::draining())),
+        }
+        claim.set_late();
+        self.body = None;
+        self.tell(TaskAnswer::Problem(Problem::upstream_timeout()));
+        tokio::select! {
+            biased;
+            done = &mut exchange => Ok(done),
+            () = sleep(options.late_window) => Err((Why::Timeout, Problem::outcome_unknown())),
+            () = gateway.give_up.cancelled() => Err((Why::Shutdown, Problem::draining())),
         }
     }
 
@@ -214,12 +216,12 @@ impl Forward {
         request
     }
 
-    async fn settle_without_response(mut self, claim: Claim_, why: Why, problem: Problem) {
+    async fn settle_without_response(mut self: Box<Self>, claim: Claim_, why: Why, problem: Problem) {
         settle(claim, Outcome::Unknown(why), None).await;
         self.tell(TaskAnswer::Problem(problem));
     }
 
-    async fn settle_complete(mut self, claim: Claim_, head: response::Parts, body: Bytes) {
+    async fn settle_complete(mut self: Box<Self>, claim: Claim_, head: response::Parts, body: Bytes) {
         let outcome = self.classify(&head, claim.resend);
         let response = respond(&head, ReplyBody::full(body.clone()));
         let mut kept = recordable(&head.headers, &self.route.options.drop_headers);
@@ -239,7 +241,7 @@ impl Forward {
     }
 
     /// Settles before the first byte goes to the caller; a cut-off from then on changes the record no more.
-    async fn settle_large(self, claim: Claim_, large: Large) {
+    async fn settle_large(self: Box<Self>, claim: Claim_, large: Large) {
         let head = &large.head;
         let outcome = match self.classify(head, claim.resend) {
             Verdict::Final => {
@@ -254,7 +256,7 @@ impl Forward {
     }
 
     /// Streams what was read and what is still to come.
-    async fn stream(mut self, large: Large, result: Result_) {
+    async fn stream(mut self: Box<Self>, large: Large, result: Result_) {
         let Large { head, read, mut rest } = large;
         let (frames, body) = mpsc::channel(4);
         let mut response = respond(&head, ReplyBody::Relayed(body));
@@ -305,11 +307,12 @@ impl Forward {
     }
 
     /// `on_store_error = "pass"`: the operator prefers a possible duplicate to a refusal.
-    async fn pass_unrecorded(mut self) {
+    async fn pass_unrecorded(mut self: Box<Self>) {
         self.gateway.metrics.unrecorded_passes.inc();
         let request = self.request(None);
         let limit = self.route.options.max_recorded_body;
-        let exchange = exchange(Arc::clone(&self.gateway), request, limit);
+        let gateway = Arc::clone(&self.gateway);
+        let exchange = exchange(&gateway, request, limit);
         let done = timeout(self.gateway.options.upstream.response_timeout, exchange).await;
         let problem = match done.map(|(done, _)| done) {
             Ok(Exchange::Complete(head, body)) => {
@@ -351,9 +354,9 @@ fn respond(head: &response::Parts, body: ReplyBody) -> Response<ReplyBody> {
 }
 
 /// Sends the request and reads the response, up to `limit` bytes of its body and as far as the budget goes.
-async fn exchange(gateway: Arc<Gateway>, request: Request<ForwardBody>, limit: usize) -> (Exchange, Reservation) {
+async fn exchange(gateway: &Gateway, request: Request<ForwardBody>, limit: usize) -> (Exchange, Reservation) {
     let mut reservation = gateway.budget.reservation();
-    let response = match gateway.upstream.send(request).await {
+    let response = match gateway.upstream.send(request, None).await {
         Ok(sent) => sent,
         Err(error) => return (Exchange::Failed(error), reservation),
     };

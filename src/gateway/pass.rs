@@ -1,11 +1,11 @@
 //! Pass-through: streams both ways, buffers nothing, records nothing.
 
-use super::body::{ForwardBody, Upload, UploadFailure};
+use super::body::ForwardBody;
 use super::headers::{self, last_hop, strip_hop_by_hop};
 use super::problem::{Code, Problem};
 use super::reply::ReplyBody;
 use super::tunnel::Offer;
-use super::upstream::{self, HostPolicy, Passing, SendError};
+use super::upstream::{self, HostPolicy, Passing, Patience, SendError};
 use super::{Gateway, Peer};
 use crate::telemetry::{Outcome, RouteMetrics};
 use bytes::Bytes;
@@ -14,7 +14,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, Version};
 use http_body::Body;
 use hyper::body::Incoming;
 use std::sync::Arc;
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 
 impl Gateway {
     /// Passes a request through.
@@ -39,19 +39,20 @@ impl Gateway {
         }
         parts.version = Version::HTTP_11;
         parts.extensions.clear();
-        let started = Instant::now();
-        let (body, upload) = if body.is_end_stream() {
-            (ForwardBody::Full(None), None)
+        let body = if body.is_end_stream() {
+            ForwardBody::Full(None)
         } else {
             if !parts.headers.contains_key(CONTENT_LENGTH) {
-                // The HTTP library would send a GET without its body.
                 parts.headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
             }
-            let (upload, progress) = Upload::new(body, self.options.body_timeout);
-            (ForwardBody::Upload(upload), Some(progress))
+            ForwardBody::Upload(body)
         };
-        let sent = self.send_passing(Request::from_parts(parts, body), upload.as_deref()).await;
-        self.metrics.upstream_seconds.observe(started.elapsed().as_secs_f64());
+        let (response_timeout, body_timeout) = (self.options.upstream.response_timeout, self.options.body_timeout);
+        let patience =
+            Patience { body: body_timeout, write: response_timeout.max(body_timeout), response: response_timeout };
+        let started = Instant::now();
+        let sent = self.upstream.send(Request::from_parts(parts, body), Some(patience)).await;
+        self.metrics.upstream_seconds.observe(started.elapsed());
         match sent {
             Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
                 let offer = offer.filter(|offer| offer.accepted_by(response.headers()));
@@ -70,46 +71,12 @@ impl Gateway {
                 metrics.count(Outcome::passed);
                 self.pass_back(response)
             }
-            Err(problem) => {
-                let client_failed = matches!(problem.code, Code::RequestTimeout | Code::BadRequest);
+            Err(error) => {
+                let client_failed = matches!(error, SendError::Upload(_));
                 metrics.count(if client_failed { Outcome::rejected } else { Outcome::failed });
-                problem.into_response(chained)
+                send_problem(&error).without_record().into_response(chained)
             }
         }
-    }
-
-    /// Sends a request. `response_timeout` runs from the end of the upload to the head of the response.
-    async fn send_passing(
-        &self,
-        request: Request<ForwardBody>,
-        upload: Option<&super::body::Progress>,
-    ) -> Result<Response<upstream::Incoming>, Problem> {
-        let patience = self.options.upstream.response_timeout;
-        let timeout = async {
-            if let Some(upload) = upload
-                && !upload.ended_or_stuck(patience.max(self.options.body_timeout)).await
-            {
-                return;
-            }
-            sleep(patience).await;
-        };
-        let failure = tokio::select! {
-            biased;
-            sent = self.upstream.send(request) => match sent {
-                Ok(sent) => return Ok(sent),
-                Err(error) => error,
-            },
-            () = timeout => {
-                return Err(Problem::upstream_timeout().without_record());
-            }
-        };
-        Err(match upload.and_then(|upload| upload.failure()) {
-            Some(UploadFailure::Stalled) => {
-                Problem::new(Code::RequestTimeout, "The body made no progress; send it again, faster.")
-            }
-            Some(UploadFailure::CutOff) => Problem::new(Code::BadRequest, "The body broke off or is malformed."),
-            None => send_problem(&failure).without_record(),
-        })
     }
 
     pub(super) fn set_host(&self, headers: &mut http::HeaderMap) {
@@ -133,13 +100,20 @@ impl Gateway {
 
 /// What the client is told when sending failed.
 pub(super) fn send_problem(error: &SendError) -> Problem {
-    tracing::warn!(error = %error, source = std::error::Error::source(error).map(tracing::field::display), "upstream failed");
+    if !matches!(error, SendError::Upload(_) | SendError::TimedOut) {
+        tracing::warn!(error = %error, source = std::error::Error::source(error).map(tracing::field::display), "upstream failed");
+    }
     match error {
         SendError::Unreachable { proxy_error, .. } => Problem::upstream(
             Code::UpstreamUnreachable,
             "The upstream cannot be reached and has been sent nothing; retry later.",
             proxy_error,
         ),
+        SendError::TimedOut => Problem::upstream_timeout(),
+        SendError::Upload(None) => {
+            Problem::new(Code::RequestTimeout, "The body made no progress; send it again, faster.")
+        }
+        SendError::Upload(Some(_)) => Problem::new(Code::BadRequest, "The body broke off or is malformed."),
         SendError::Malformed(_) => Problem::upstream_broken("http_protocol_error"),
         SendError::Broken(_) => Problem::upstream_broken("connection_terminated"),
     }

@@ -105,8 +105,9 @@ pub fn replay(record: &Record, now: Millis) -> Option<Response<ReplyBody>> {
     let age_then = headers.get(AGE).and_then(|age| age.to_str().ok()?.trim().parse::<u64>().ok()).unwrap_or(0);
     headers.insert(AGE, age_then.saturating_add(now.since(*completed_at) / 1000).into());
     headers.insert(&IDEMPOTENCY_REPLAYED, HeaderValue::from_static("true"));
-    let status = format!("oncegate; hit; ttl={}", expires_at.since(now) / 1000);
-    headers.append(&CACHE_STATUS, HeaderValue::try_from(status).ok()?);
+    let ttl = HeaderValue::from(expires_at.since(now) / 1000);
+    let status = [b"oncegate; hit; ttl=".as_slice(), ttl.as_bytes()].concat();
+    headers.append(&CACHE_STATUS, HeaderValue::from_maybe_shared(Bytes::from(status)).ok()?);
     Some(response)
 }
 

@@ -10,6 +10,7 @@ use super::body::ForwardBody;
 use super::reply::BodyError;
 use crate::pem::FileError;
 use crate::telemetry::Metrics;
+use crate::timer::Timer;
 use bytes::Bytes;
 use exchange::{Failure, Link, Outgoing};
 use head::Head;
@@ -23,7 +24,8 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::sync::Notify;
+use tokio::time::{Instant, MissedTickBehavior};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
@@ -65,6 +67,8 @@ pub struct Upstream {
     options: Options,
     /// Newest last.
     idle: Mutex<VecDeque<Idle>>,
+    /// Told when there is one again.
+    some_idle: Notify,
     metrics: Metrics,
 }
 
@@ -85,15 +89,32 @@ pub enum SendError {
     /// It may have been executed.
     #[error("the upstream broke off: {0}")]
     Broken(#[source] io::Error),
+    /// The client's body broke off, or (`None`) made no progress; the request may have been executed.
+    #[error("the client's body did not come to its end")]
+    Upload(#[source] Option<hyper::Error>),
+    /// It may have been executed.
+    #[error("the upstream took too long")]
+    TimedOut,
     /// It has been answered, but not in HTTP as it should be; it may have been executed.
     #[error("the upstream's response is malformed: {0}")]
     Malformed(&'static str),
 }
 
+/// How long an exchange may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// From one piece of the client's body to the next.
+    pub body: Duration,
+    /// For the upstream to take more of the request.
+    pub write: Duration,
+    /// From the end of the request to the head of the response.
+    pub response: Duration,
+}
+
 impl Upstream {
     #[must_use]
     pub fn new(options: Options, metrics: Metrics) -> Arc<Self> {
-        Arc::new(Self { options, idle: Mutex::new(VecDeque::new()), metrics })
+        Arc::new(Self { options, idle: Mutex::default(), some_idle: Notify::new(), metrics })
     }
 
     #[must_use]
@@ -118,9 +139,15 @@ impl Upstream {
     /// cannot be a second execution: not a byte of it was written; or it is safe (RFC 9110 §9.2.1), without a body, and its
     /// pooled connection ended without a byte of an answer. A request that is intercepted is never safe.
     ///
+    /// Without `patience` it is the caller who ends what takes too long.
+    ///
     /// # Errors
     /// See [`SendError`].
-    pub async fn send(self: &Arc<Self>, request: Request<ForwardBody>) -> Result<Response<Incoming>, SendError> {
+    pub async fn send(
+        self: &Arc<Self>,
+        request: Request<ForwardBody>,
+        patience: Option<Patience>,
+    ) -> Result<Response<Incoming>, SendError> {
         let safe = [Method::GET, Method::HEAD, Method::OPTIONS, Method::TRACE].contains(request.method());
         let mut out = Outgoing::new(request);
         // A pooled connection may have been closed by the other side; after two of those a new one is surely better.
@@ -131,22 +158,24 @@ impl Upstream {
             let reused = pooled.is_some();
             let mut link = match pooled {
                 Some(link) => link,
-                None => self.connect().await?,
+                // Rare, and large: what it takes is not part of every request.
+                None => Box::pin(self.connect()).await?,
             };
-            let Head { response, framing, keep } = match out.exchange(&mut link, self.options.idle_timeout).await {
-                Ok(head) => head,
-                Err(Failure::Unsent(_)) if reused => continue,
-                Err(Failure::Unsent(error)) => {
-                    return Err(SendError::Unreachable { error, proxy_error: "connection_terminated" });
-                }
-                Err(Failure::Unanswered(_)) if reused && safe && out.rewind() => {
-                    self.metrics.upstream_retries.inc();
-                    pooled_left = 0;
-                    continue;
-                }
-                Err(Failure::Unanswered(error)) => return Err(SendError::Broken(error)),
-                Err(Failure::Final(error)) => return Err(error),
-            };
+            let Head { response, framing, keep } =
+                match out.exchange(&mut link, patience, self.options.idle_timeout).await {
+                    Ok(head) => head,
+                    Err(Failure::Unsent(_)) if reused => continue,
+                    Err(Failure::Unsent(error)) => {
+                        return Err(SendError::Unreachable { error, proxy_error: "connection_terminated" });
+                    }
+                    Err(Failure::Unanswered(_)) if reused && safe && out.rewind() => {
+                        self.metrics.upstream_retries.inc();
+                        pooled_left = 0;
+                        continue;
+                    }
+                    Err(Failure::Unanswered(error)) => return Err(SendError::Broken(error)),
+                    Err(Failure::Final(error)) => return Err(error),
+                };
             if reused {
                 self.metrics.upstream_reused.inc();
             }
@@ -180,14 +209,21 @@ impl Upstream {
         if idle.len() >= IDLE_MAX {
             idle.pop_front();
         }
+        if idle.is_empty() {
+            self.some_idle.notify_one();
+        }
         idle.push_back(Idle { link, expires: Instant::now() + idle_timeout });
     }
 
     /// Closes idle connections whose time is over, or that the other side has closed, once a second.
     pub async fn close_idle(&self) {
         let mut ticks = tokio::time::interval(Duration::from_secs(1));
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let now = ticks.tick().await;
+            while self.idle_connections() == 0 {
+                self.some_idle.notified().await;
+            }
             // Whoever takes one looks for himself.
             let mut nobody = Context::from_waker(Waker::noop());
             self.idle().retain_mut(|idle| idle.expires > now && idle.link.is_quiet(&mut nobody));
@@ -203,13 +239,13 @@ impl Upstream {
 pub struct Passing {
     body: Incoming,
     patience: Duration,
-    stalled: Option<Pin<Box<Sleep>>>,
+    stalled: Timer,
 }
 
 impl Passing {
     #[must_use]
     pub fn new(body: Incoming, patience: Duration) -> Self {
-        Self { body, patience, stalled: None }
+        Self { body, patience, stalled: Timer::default() }
     }
 }
 
@@ -220,11 +256,10 @@ impl Body for Passing {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = self.get_mut();
         if let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) {
-            this.stalled = None;
+            this.stalled.stop();
             return Poll::Ready(frame);
         }
-        let stalled = this.stalled.get_or_insert_with(|| Box::pin(sleep(this.patience)));
-        ready!(stalled.as_mut().poll(cx));
+        ready!(this.stalled.poll(cx, this.patience));
         Poll::Ready(Some(Err(BodyError::Stalled)))
     }
 

@@ -43,7 +43,7 @@ impl Fingerprint {
 }
 
 /// Where a record comes from. It stays with the record through all its states.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Origin {
     /// The key as the client meant it: decoded, 1–255 characters of ASCII.
     pub key: Bytes,

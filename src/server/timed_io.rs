@@ -3,13 +3,14 @@
 use super::frames::{Frames, PREFACE};
 use super::{Limits, Place};
 use crate::gateway::problem::{Code, Problem};
+use crate::timer::Timer;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::Instant;
 
 /// Between requests.
 const IDLE: u8 = 0;
@@ -56,10 +57,11 @@ pub(super) struct TimedIo<S> {
     frames: Option<Frames>,
     /// What has been read to tell the protocol by, and how much of it has been taken.
     prefix: ([u8; PREFACE.len()], usize, usize),
-    /// Runs while a read is pending; with what it was set for.
-    reading: Option<(Awaited, Pin<Box<Sleep>>)>,
+    /// What a pending read waits for, and for how long already.
+    awaited: Option<Awaited>,
+    reading: Timer,
     /// Runs while a write is pending.
-    writing: Option<Pin<Box<Sleep>>>,
+    writing: Timer,
     /// What is being said in the place of the HTTP library's refusal, and how much of it has been written.
     refusal: Option<(Vec<u8>, usize)>,
 }
@@ -81,8 +83,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TimedIo<S> {
             limits,
             frames: None,
             prefix: ([0; PREFACE.len()], 0, 0),
-            reading: None,
-            writing: None,
+            awaited: None,
+            reading: Timer::default(),
+            writing: Timer::default(),
             refusal: None,
         }
     }
@@ -187,21 +190,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for TimedIo<S> {
             } else {
                 let first_byte = this.phase.0.compare_exchange(IDLE, HEAD, Ordering::AcqRel, Ordering::Acquire);
                 if first_byte.is_ok() {
-                    this.reading = None;
+                    this.awaited = None;
                 }
             }
             return polled;
         }
         let Some((awaited, limit)) = this.awaited() else {
-            this.reading = None;
+            this.awaited = None;
             return Poll::Pending;
         };
-        if this.reading.as_ref().is_none_or(|(set_for, _)| *set_for != awaited) {
-            this.reading = Some((awaited, Box::pin(sleep(limit))));
+        if this.awaited.replace(awaited) != Some(awaited) {
+            this.reading.stop();
         }
-        if let Some((_, timer)) = &mut this.reading {
-            ready!(timer.as_mut().poll(cx));
-        }
+        ready!(this.reading.poll(cx, limit));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
@@ -214,11 +215,11 @@ impl<S: AsyncWrite + Unpin> TimedIo<S> {
     ) -> Poll<io::Result<T>> {
         let polled = poll(Pin::new(&mut self.stream), cx);
         if polled.is_ready() {
-            self.writing = None;
+            self.writing.stop();
             return polled;
         }
         let limit = self.limits.write_timeout;
-        ready!(self.writing.get_or_insert_with(|| Box::pin(sleep(limit))).as_mut().poll(cx));
+        ready!(self.writing.poll(cx, limit));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }

@@ -386,6 +386,10 @@ impl Store for Embedded {
             return Err(error);
         }
         let (queue, sweeper) = (self.sender()?, self.sweeper.clone());
+        // An idle store wakes no other thread for this.
+        if !sweeper.lock().unwrap_or_else(PoisonError::into_inner).is_needed(&self.shared, now_ms) {
+            return Ok(sweep::IDLE);
+        }
         self.off_thread(move |shared| {
             sweeper.lock().unwrap_or_else(PoisonError::into_inner).sweep(shared, &queue, now_ms)
         })

@@ -4,10 +4,11 @@
 use super::chunked::{Chunked, Piece};
 use super::connect::Stream;
 use super::head::{Asked, Framing, HEAD_MAX, Head, put_field, take};
-use super::{SendError, Upstream};
-use crate::gateway::body::{ForwardBody, UploadError};
+use super::{Patience, SendError, Upstream};
+use crate::gateway::body::ForwardBody;
 use crate::gateway::headers::list;
 use crate::gateway::reply::BodyError;
+use crate::timer::Timer;
 use bytes::{Buf, Bytes, BytesMut};
 use http::header::{
     AUTHORIZATION, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HOST, MAX_FORWARDS,
@@ -34,11 +35,13 @@ pub(super) struct Link {
     /// Read, but not taken yet.
     read: BytesMut,
     read_len: usize,
+    /// Runs while an exchange waits.
+    timer: Timer,
 }
 
 impl Link {
     pub(super) fn new(stream: Stream) -> Self {
-        Self { stream, read: BytesMut::new(), read_len: READ_LEN }
+        Self { stream, read: BytesMut::new(), read_len: READ_LEN, timer: Timer::default() }
     }
 
     /// Whether nothing has come on an idle connection: neither its end nor bytes that nobody has asked for.
@@ -74,6 +77,8 @@ pub(super) struct Outgoing {
     waited: bool,
     /// Whether a byte may have been written.
     touched: bool,
+    /// Grows with whatever is taken or written.
+    moved: u64,
 }
 
 /// How the end of a request's body is told.
@@ -106,7 +111,7 @@ impl Outgoing {
         let announced = announced.filter(may_be_trailer).collect();
         let queue = [head.clone(), Bytes::new(), Bytes::new(), Bytes::new()];
         let (taken, flushed, waited, touched) = (false, false, false, false);
-        Self { head, asked, body, framing, announced, queue, taken, flushed, waited, touched }
+        Self { head, asked, body, framing, announced, queue, taken, flushed, waited, touched, moved: 0 }
     }
 
     /// What is still to be written, once the head of the response is there.
@@ -177,6 +182,7 @@ impl Outgoing {
             return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
         }
         self.touched = true;
+        self.moved += 1;
         for bytes in &mut self.queue {
             let len = written.min(bytes.len());
             bytes.advance(len);
@@ -188,6 +194,7 @@ impl Outgoing {
     /// Queues the next of the body.
     fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), WriteError>> {
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx)).transpose().map_err(WriteError::Upload)?;
+        self.moved += 1;
         let [_, line, data, end] = &mut self.queue;
         let broken = |what| WriteError::Stream(io::Error::new(io::ErrorKind::InvalidData, what));
         match (frame.map(Frame::into_data), &mut self.framing) {
@@ -216,49 +223,101 @@ impl Outgoing {
     }
 
     /// Sends it and waits for the head of the response; the rest of the request may still be on its way then.
-    pub(super) async fn exchange(&mut self, link: &mut Link, idle_timeout: Duration) -> Result<Head, Failure> {
-        let (mut written, mut failed) = (false, None);
-        let (mut interim, mut answered) = (0, false);
-        poll_fn(|cx| {
-            if !written && failed.is_none() {
-                match self.poll_write(cx, &mut link.stream) {
-                    Poll::Ready(Ok(())) => written = true,
-                    Poll::Ready(Err(WriteError::Stream(error))) if !self.touched => {
-                        return Poll::Ready(Err(Failure::Unsent(error)));
-                    }
-                    // It may have been refused for a reason, which it tells before it closes.
-                    Poll::Ready(Err(WriteError::Stream(error))) => failed = Some(error),
-                    Poll::Ready(Err(WriteError::Upload(error))) => {
-                        return Poll::Ready(Err(Failure::Final(SendError::Broken(io::Error::other(error)))));
-                    }
-                    Poll::Pending if !self.touched => return Poll::Pending,
-                    Poll::Pending => {}
-                }
+    pub(super) async fn exchange(
+        &mut self,
+        link: &mut Link,
+        patience: Option<Patience>,
+        idle_timeout: Duration,
+    ) -> Result<Head, Failure> {
+        let mut receiving = Receiving { written: false, failed: None, answered: false, interim: 0, idle_timeout };
+        let mut running = None;
+        let result = poll_fn(|cx| {
+            if let Poll::Ready(result) = self.poll_exchange(cx, link, &mut receiving) {
+                return Poll::Ready(result);
             }
-            loop {
-                let len = match ready!(link.poll_read(cx)) {
-                    Ok(0) => Err(failed.take().unwrap_or_else(|| io::ErrorKind::UnexpectedEof.into())),
-                    other => other,
-                };
-                if let Err(error) = len {
-                    let failure = if answered { Failure::Final(SendError::Broken(error)) } else { Failure::Unanswered(error) };
-                    return Poll::Ready(Err(failure));
-                }
-                answered = true;
-                match take(&mut link.read, &self.asked, &mut interim, idle_timeout) {
-                    Ok(None) => {}
-                    Ok(Some(head)) => return Poll::Ready(Ok(head)),
-                    Err(what) => return Poll::Ready(Err(Failure::Final(SendError::Malformed(what)))),
-                }
+            let Some(patience) = patience else { return Poll::Pending };
+            let (awaited, limit) = match receiving.written || receiving.failed.is_some() {
+                true => (Awaited::Response, patience.response),
+                false if self.nothing_queued() => (Awaited::Body(self.moved), patience.body),
+                false => (Awaited::Write(self.moved), patience.write),
+            };
+            if running.replace(awaited) != Some(awaited) {
+                link.timer.stop();
             }
+            ready!(link.timer.poll(cx, limit));
+            let body = matches!(awaited, Awaited::Body(_));
+            Poll::Ready(Err(Failure::Final(if body { SendError::Upload(None) } else { SendError::TimedOut })))
         })
-        .await
+        .await;
+        link.timer.stop();
+        result
     }
+
+    fn poll_exchange(
+        &mut self,
+        cx: &mut Context<'_>,
+        link: &mut Link,
+        receiving: &mut Receiving,
+    ) -> Poll<Result<Head, Failure>> {
+        if !receiving.written && receiving.failed.is_none() {
+            match self.poll_write(cx, &mut link.stream) {
+                Poll::Ready(Ok(())) => receiving.written = true,
+                Poll::Ready(Err(WriteError::Stream(error))) if !self.touched => {
+                    return Poll::Ready(Err(Failure::Unsent(error)));
+                }
+                // It may have been refused for a reason, which it tells before it closes.
+                Poll::Ready(Err(WriteError::Stream(error))) => receiving.failed = Some(error),
+                Poll::Ready(Err(WriteError::Upload(error))) => {
+                    return Poll::Ready(Err(Failure::Final(SendError::Upload(Some(error)))));
+                }
+                Poll::Pending if !self.touched => return Poll::Pending,
+                Poll::Pending => {}
+            }
+        }
+        loop {
+            let len = match ready!(link.poll_read(cx)) {
+                Ok(0) => Err(receiving.failed.take().unwrap_or_else(|| io::ErrorKind::UnexpectedEof.into())),
+                other => other,
+            };
+            if let Err(error) = len {
+                return Poll::Ready(Err(match receiving.answered {
+                    true => Failure::Final(SendError::Broken(error)),
+                    false => Failure::Unanswered(error),
+                }));
+            }
+            receiving.answered = true;
+            match take(&mut link.read, &self.asked, &mut receiving.interim, receiving.idle_timeout) {
+                Ok(None) => {}
+                Ok(Some(head)) => return Poll::Ready(Ok(head)),
+                Err(what) => return Poll::Ready(Err(Failure::Final(SendError::Malformed(what)))),
+            }
+        }
+    }
+}
+
+/// How far an exchange is.
+struct Receiving {
+    /// All of the request is on its way.
+    written: bool,
+    /// Why no more of the request can be written.
+    failed: Option<io::Error>,
+    /// A byte has come back.
+    answered: bool,
+    interim: usize,
+    idle_timeout: Duration,
+}
+
+/// What an exchange waits for, and how far it was then.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Awaited {
+    Body(u64),
+    Write(u64),
+    Response,
 }
 
 /// Why a request could not be written to its end.
 enum WriteError {
-    Upload(UploadError),
+    Upload(hyper::Error),
     Stream(io::Error),
 }
 

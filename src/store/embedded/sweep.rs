@@ -7,13 +7,13 @@
 use super::commit::{Found, Op, Upkeep};
 use super::state::State;
 use super::{Lookup, Shared};
-use crate::store::StoreError;
 use crate::store::files;
 use crate::store::index::Located;
 use crate::store::log::frame::{self, FRAME_HEADER, Kind, NEVER};
 use crate::store::log::scan::{FrameReader, Scanned};
 use crate::store::log::segment::{SEGMENT_HEADER, Segment};
 use crate::store::log::{Head, Position};
+use crate::store::{RecordId, StoreError};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -32,7 +32,7 @@ const SLACK_SEGMENTS: u64 = 3;
 
 const MORE: Duration = Duration::from_millis(1);
 const SURVEYING: Duration = Duration::from_millis(20);
-const IDLE: Duration = Duration::from_secs(1);
+pub(super) const IDLE: Duration = Duration::from_secs(1);
 
 /// A walk through one segment, over as many calls as it takes.
 #[derive(Debug)]
@@ -66,6 +66,15 @@ pub(super) struct Sweeper {
 }
 
 impl Sweeper {
+    /// Whether [`Self::sweep`] has anything to do. Does not block.
+    pub(super) fn is_needed(&mut self, shared: &Shared, now_ms: u64) -> bool {
+        if !shared.survey.is_done() || self.walk.is_some() || old_claims(shared, &shared.state()).next().is_some() {
+            return true;
+        }
+        self.walk = self.choose(shared, now_ms);
+        self.walk.is_some()
+    }
+
     /// One bounded piece of work. Blocks.
     pub(super) fn sweep(
         &mut self,
@@ -143,11 +152,9 @@ impl Sweeper {
 /// Replay at start begins at the oldest claim: one that lasts must not keep it far behind.
 fn copy_old_claims(shared: &Shared, queue: &mpsc::Sender<Op>) -> Result<(), StoreError> {
     let state = shared.state();
-    let old =
-        state.unexpiring.iter().take_while(|(position, _)| state.bytes_behind(**position) > shared.tuning.replay_bytes);
-    let items: Vec<_> = old
+    let items: Vec<_> = old_claims(shared, &state)
         .take(STEP)
-        .filter_map(|(_, id)| {
+        .filter_map(|id| {
             let live = state.slots.get(id)?.live.clone()?;
             Some(Upkeep::Copy { id: *id, located: live.located, time_ms: live.time_ms, value: live.value? })
         })
@@ -157,6 +164,12 @@ fn copy_old_claims(shared: &Shared, queue: &mpsc::Sender<Op>) -> Result<(), Stor
         Err(StoreError::Full { .. }) => Ok(()),
         other => other,
     }
+}
+
+fn old_claims<'a>(shared: &Shared, state: &'a State) -> impl Iterator<Item = &'a RecordId> {
+    let behind_max = shared.tuning.replay_bytes;
+    let old = state.unexpiring.iter().take_while(move |(position, _)| state.bytes_behind(**position) > behind_max);
+    old.map(|(_, id)| id)
 }
 
 /// Walks on. Returns whether the end has been reached.

@@ -1,0 +1,63 @@
+//! What the gateway is told by the configuration.
+
+use super::{route, scope, tunnel, upstream};
+use crate::idempotency::{FingerprintSettings, OutcomeTable, Policy};
+use http::HeaderName;
+use ipnet::IpNet;
+use std::time::Duration;
+
+/// Everything the gateway needs to know that is not about connections.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub routes: Vec<RouteOptions>,
+    pub trusted_proxies: Vec<IpNet>,
+    /// Largest body of an intercepted request with a key, in bytes.
+    pub max_body: usize,
+    /// Bytes of buffered bodies, all requests together.
+    pub max_buffered: usize,
+    pub body_timeout: Duration,
+    pub tunnels: tunnel::Limits,
+    pub upstream: upstream::Options,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MissingKey {
+    Pass,
+    Reject,
+    Derive,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnStoreError {
+    Reject,
+    Pass,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReplayAuth {
+    Scope,
+    /// Whoever knows tenant and key gets the replay.
+    None,
+}
+
+/// One `[[routes]]` entry with `[idempotency]` merged in.
+#[derive(Clone, Debug)]
+pub struct RouteOptions {
+    pub pattern: route::Pattern,
+    pub case_sensitive: bool,
+    /// The header that bears the key.
+    pub header: HeaderName,
+    pub missing_key: MissingKey,
+    pub scope: Vec<scope::Part>,
+    pub fingerprint: FingerprintSettings,
+    pub policy: Policy,
+    pub outcomes: OutcomeTable,
+    pub wait_timeout: Duration,
+    pub max_waiters_per_key: usize,
+    pub on_store_error: OnStoreError,
+    pub max_recorded_body: usize,
+    pub drop_headers: Vec<HeaderName>,
+    pub credential_headers: Vec<HeaderName>,
+    pub trusted_headers: Vec<HeaderName>,
+    pub replay_auth: ReplayAuth,
+}
