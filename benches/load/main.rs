@@ -1,0 +1,125 @@
+//! What the gateway costs beside its peers: `cargo bench --bench load`.
+//!
+//! Starts a small upstream, the gateway, and those of nginx (as a proxy, as a cache keyed on the idempotency key, as a
+//! bare server) and haproxy that are installed; each proxy runs on one core, load and upstream on another. The
+//! contestants of a workload take turns, round by round; a figure is the median of the rounds in which the machine was
+//! quiet. Every phase checks that the upstream executed exactly as often as it should have.
+//!
+//! Costs are those of the proxy alone: the CPU clocks of its processes, ended threads and what a load leaves to be done
+//! in the background included, over a counted number of requests. Compare ratios on one machine, not figures between
+//! machines. All traffic stays on 127.0.0.1.
+//!
+//! Environment, all with the prefix `ONCEGATE_BENCH_`: `WORKLOADS` and `CONTESTANTS` (names with commas between; also
+//! `oncegate-memory` and `oncegate-fjall`), `ROUNDS` (5), `REQUESTS` (a phase, 40,000), `CONNECTIONS` (64), `SETTINGS`
+//! (further lines of the gateway's configuration), `DIR` (for the stores; default: that for temporary files), and
+//! `WRITE=1`, which keeps the raw run under `benches/runs`, draws its plots, and puts the table into the README.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    unreachable_pub
+)]
+
+mod contestants;
+mod ends;
+mod h2load;
+mod http;
+mod measure;
+mod plot;
+mod report;
+mod rounds;
+mod settings;
+mod workloads;
+
+use anyhow::{Result, bail};
+use contestants::{Certificate, Kind};
+use measure::Cores;
+use rounds::{Bench, LeftOut};
+use std::collections::BTreeMap;
+use std::time::Instant;
+use workloads::Front;
+
+const KINDS: &[Kind] = &[
+    Kind::Direct,
+    Kind::Nginx,
+    Kind::NginxCache,
+    Kind::Haproxy,
+    Kind::Oncegate("sled"),
+    Kind::Oncegate("fjall"),
+    Kind::Oncegate("memory"),
+];
+
+fn main() -> Result<()> {
+    // `cargo test --benches` only wants to know whether it works.
+    let arguments = std::env::args().collect::<Vec<_>>();
+    let quick = arguments.iter().any(|argument| argument == "--test") || !arguments.iter().any(|a| a == "--bench");
+    let settings = settings::Settings::from_env(quick)?;
+    let cores = Cores::find()?;
+    if !cores.are_two() && !quick {
+        bail!("the proxy and its load need a core each, and there is only one");
+    }
+    measure::pin(cores.ends)?;
+    let dir = match &settings.dir {
+        Some(dir) => tempfile::tempdir_in(dir)?,
+        None => tempfile::tempdir()?,
+    };
+    let started = Instant::now();
+    let mut bench = Bench {
+        settings: &settings,
+        cores,
+        ends: ends::Ends::new()?,
+        certificate: Certificate::new()?,
+        dir: dir.path(),
+        phases: Vec::new(),
+        left_out: Vec::new(),
+    };
+
+    let (mut kinds, mut versions) = (Vec::new(), BTreeMap::new());
+    for &kind in KINDS.iter().filter(|kind| settings.wants(**kind)) {
+        match kind.version() {
+            Ok(version) => {
+                versions.insert(version.split(['/', ' ']).next().unwrap_or_default().to_owned(), version);
+                kinds.push(kind);
+            }
+            Err(error) => bench.left_out.push(LeftOut { who: kind.to_string(), why: format!("{error:#}") }),
+        }
+    }
+    let h2load = report::h2load_version();
+    for workload in &settings.workloads {
+        match &h2load {
+            Err(error) if workload.front != Front::Http1 => {
+                bench.left_out.push(LeftOut { who: workload.name.to_owned(), why: format!("{error:#}") });
+            }
+            _ => bench.run(workload, &kinds),
+        }
+    }
+    if let Ok(version) = h2load {
+        versions.insert("h2load".to_owned(), version);
+    }
+
+    rounds::mark_disturbed(&mut bench.phases);
+    let summaries =
+        settings.workloads.iter().flat_map(|workload| rounds::summarize(workload, &bench.phases)).collect::<Vec<_>>();
+    let run = report::Run {
+        date: report::today()?,
+        commit: report::commit(),
+        cpu: report::cpu_model(),
+        kernel: report::kernel(),
+        versions,
+        settings: &settings,
+        left_out: &bench.left_out,
+        phases: &bench.phases,
+    };
+    let table = report::table(&run, &settings.workloads, &summaries, started.elapsed());
+    println!("{table}");
+    if settings.write {
+        report::write(&run, &table, &summaries)?;
+    }
+    if let Some(LeftOut { who, why }) = bench.left_out.iter().find(|left_out| left_out.who.starts_with("oncegate")) {
+        bail!("{who}: {why}");
+    }
+    Ok(())
+}

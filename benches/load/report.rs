@@ -1,0 +1,162 @@
+//! The table, and what a run leaves in the repository.
+
+use crate::contestants::first_line;
+use crate::plot;
+use crate::rounds::{LeftOut, Phase, Summary};
+use crate::settings::Settings;
+use crate::workloads::Workload;
+use anyhow::{Context, Result};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+const BEGIN: &str = "<!-- load: begin -->";
+const END: &str = "<!-- load: end -->";
+
+/// One run, as it is kept.
+#[derive(Serialize)]
+pub struct Run<'a> {
+    pub date: String,
+    pub commit: String,
+    pub cpu: String,
+    pub kernel: String,
+    pub versions: BTreeMap<String, String>,
+    pub settings: &'a Settings,
+    pub left_out: &'a [LeftOut],
+    pub phases: &'a [Phase],
+}
+
+pub fn cpu_model() -> String {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("model name"));
+    line.unwrap_or_default().trim_start_matches(['\t', ' ', ':']).to_owned()
+}
+
+pub fn kernel() -> String {
+    fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
+}
+
+/// The commit that runs; with a `+` if something was changed since.
+pub fn commit() -> String {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").args(arguments).current_dir(env!("CARGO_MANIFEST_DIR")).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let Some(commit) = git(&["rev-parse", "--short=10", "HEAD"]) else { return "unknown".to_owned() };
+    let sources = ["status", "--porcelain", "--", "src", "benches/load", "Cargo.toml", "Cargo.lock"];
+    let clean = git(&sources).is_some_and(|changes| changes.is_empty());
+    commit + if clean { "" } else { "+" }
+}
+
+/// Today in UTC, as `2026-11-24`.
+pub fn today() -> Result<String> {
+    let date = httpdate::fmt_http_date(SystemTime::now());
+    // "Tue, 24 Nov 2026 13:55:34 GMT"
+    let mut fields = date.split(' ').skip(1);
+    let (day, month, year) = (fields.next(), fields.next(), fields.next());
+    let (Some(day), Some(month), Some(year)) = (day, month, year) else { anyhow::bail!("{date}") };
+    let months = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    let month = months.iter().position(|name| *name == month).context("a month")? + 1;
+    Ok(format!("{year}-{month:02}-{day}"))
+}
+
+pub fn h2load_version() -> Result<String> {
+    first_line("h2load", "--version")
+}
+
+/// What the run was, then a row for each workload and contestant.
+pub fn table(run: &Run<'_>, workloads: &[Workload], summaries: &[Summary], took: Duration) -> String {
+    let mut text = format!(
+        "{}, commit {}, {}, Linux {}; {} in flight, {} rounds, {} requests a phase (fewer where they are large or slow); {} s in all.\n",
+        run.date,
+        run.commit,
+        run.cpu,
+        run.kernel,
+        run.settings.in_flight,
+        run.settings.rounds,
+        run.settings.requests,
+        took.as_secs()
+    );
+    for version in run.versions.values() {
+        let _ = writeln!(text, "{version}.");
+    }
+    for LeftOut { who, why } in run.left_out {
+        let _ = writeln!(text, "Left out: {who}: {why}.");
+    }
+    text += "\n| workload | proxy | CPU µs per request (spread) | ratio | requests/s | p50 µs | p99 µs | p99.9 µs | written bytes per request | RSS MiB | quiet rounds |\n\
+             |---|---|---|---|---|---|---|---|---|---|---|\n";
+    for row in summaries {
+        let ratio = row.ratio.map_or_else(|| "—".to_owned(), |ratio| format!("{ratio:.2}"));
+        let _ = writeln!(
+            text,
+            "| {} | {} | {:.1} ({:.1}–{:.1}) | {ratio} | {:.0} | {:.0} | {:.0} | {:.0} | {:.0} | {:.0} | {} of {} |",
+            row.workload,
+            row.contestant,
+            row.cpu_us,
+            row.cpu_us_spread.0,
+            row.cpu_us_spread.1,
+            row.requests_per_second,
+            row.p50_us,
+            row.p99_us,
+            row.p999_us,
+            row.written_bytes,
+            row.rss_bytes / f64::from(1 << 20),
+            row.quiet_rounds,
+            row.rounds,
+        );
+    }
+    text += "\n";
+    for workload in workloads {
+        let _ = writeln!(text, "- *{}*: {}; compared with {}", workload.name, workload.meaning, workload.reference());
+    }
+    text
+}
+
+/// Keeps the run under its date, draws the plots, and puts the table into the README.
+pub fn write(run: &Run<'_>, table: &str, summaries: &[Summary]) -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let runs = root.join("benches/runs");
+    fs::create_dir_all(&runs)?;
+    let name = format!("{}-{}", run.date, run.commit.trim_end_matches('+'));
+    let file = fs::File::create(runs.join(format!("{name}.json")))?;
+    serde_json::to_writer_pretty(file, run)?;
+
+    plot::bars(
+        &runs.join("cpu.svg"),
+        "CPU µs per request",
+        &bars(summaries, |name| !name.ends_with("-paced"), |row| row.cpu_us),
+    )?;
+    plot::bars(
+        &runs.join("latency.svg"),
+        "p99 in µs at a steady rate",
+        &bars(summaries, |name| name.ends_with("-paced"), |row| row.p99_us),
+    )?;
+
+    let readme = root.join("README.md");
+    let text = fs::read_to_string(&readme)?;
+    let (before, rest) = text.split_once(BEGIN).context("the README lacks the mark where the table begins")?;
+    let (_, after) = rest.split_once(END).context("the README lacks the mark where the table ends")?;
+    let text = format!(
+        "{before}{BEGIN}\n![CPU per request](benches/runs/cpu.svg)\n![Latency](benches/runs/latency.svg)\n\n\
+         {table}\nThe raw run: [{name}.json](benches/runs/{name}.json)\n{END}{after}"
+    );
+    fs::write(readme, text)?;
+    Ok(())
+}
+
+fn bars(summaries: &[Summary], wanted: fn(&str) -> bool, value: fn(&Summary) -> f64) -> Vec<plot::Group> {
+    let mut groups: Vec<plot::Group> = Vec::new();
+    for row in summaries.iter().filter(|row| wanted(row.workload)) {
+        if groups.last().is_none_or(|group| group.name != row.workload) {
+            groups.push(plot::Group { name: row.workload, bars: Vec::new() });
+        }
+        if let Some(group) = groups.last_mut() {
+            group.bars.push((row.contestant.clone(), value(row)));
+        }
+    }
+    groups
+}

@@ -1,0 +1,87 @@
+//! What to run, from the environment.
+
+use crate::contestants::Kind;
+use crate::workloads::{Keys, WORKLOADS, Workload};
+use anyhow::{Context, Result, ensure};
+use serde::Serialize;
+use std::path::PathBuf;
+
+#[derive(Serialize)]
+pub struct Settings {
+    #[serde(skip)]
+    pub workloads: Vec<Workload>,
+    /// Names; `None`: nginx, haproxy and the gateway with its default engine.
+    contestants: Option<Vec<String>>,
+    pub rounds: usize,
+    /// Requests of a phase, before a workload takes its share of them.
+    pub requests: usize,
+    /// Connections, each with one request in flight.
+    pub in_flight: usize,
+    /// Further lines of the gateway's configuration.
+    pub gateway: String,
+    #[serde(skip)]
+    pub dir: Option<PathBuf>,
+    /// Whether the run, its plots and its table are written into the repository.
+    #[serde(skip)]
+    pub write: bool,
+}
+
+impl Settings {
+    /// `quick`: only whether it works.
+    pub fn from_env(quick: bool) -> Result<Self> {
+        let list = |name| var(name).map(|text| text.split(',').map(|item| item.trim().to_owned()).collect::<Vec<_>>());
+        let mut contestants = list("CONTESTANTS");
+        if quick && contestants.is_none() {
+            contestants = Some(vec!["nginx".to_owned(), "oncegate".to_owned()]);
+        }
+        let wanted = list("WORKLOADS");
+        for name in wanted.iter().flatten() {
+            let known = WORKLOADS.iter().any(|workload| workload.name == name);
+            let names = WORKLOADS.iter().map(|workload| workload.name).collect::<Vec<_>>();
+            ensure!(known, "there is no workload {name:?}; there are {names:?}");
+        }
+        let requests = number("REQUESTS")?.unwrap_or(if quick { 200 } else { 40_000 });
+        let workloads = WORKLOADS
+            .iter()
+            .filter(|workload| wanted.as_ref().is_none_or(|wanted| wanted.iter().any(|name| workload.name == name)))
+            .cloned()
+            .map(|mut workload| {
+                if let Keys::Recorded(records) = &mut workload.keys {
+                    *records = (*records).min(requests as u64);
+                }
+                workload
+            })
+            .collect();
+        Ok(Self {
+            workloads,
+            contestants,
+            rounds: number("ROUNDS")?.unwrap_or(if quick { 1 } else { 5 }).max(1),
+            requests: requests.max(1),
+            in_flight: number("CONNECTIONS")?.unwrap_or(if quick { 8 } else { 64 }).max(1),
+            gateway: var("SETTINGS").unwrap_or_default(),
+            dir: var("DIR").map(PathBuf::from),
+            write: var("WRITE").is_some_and(|text| text == "1"),
+        })
+    }
+
+    pub fn wants(&self, kind: Kind) -> bool {
+        match &self.contestants {
+            Some(names) => names.iter().any(|name| *name == kind.to_string()),
+            None => !matches!(kind, Kind::Oncegate("fjall" | "memory")),
+        }
+    }
+
+    /// How many requests one phase of this workload has.
+    pub fn requests_of(&self, workload: &Workload) -> usize {
+        (self.requests / workload.share).max(self.in_flight)
+    }
+}
+
+fn var(name: &str) -> Option<String> {
+    std::env::var(format!("ONCEGATE_BENCH_{name}")).ok().filter(|text| !text.is_empty())
+}
+
+fn number(name: &str) -> Result<Option<usize>> {
+    let parse = |text: String| text.parse().with_context(|| format!("ONCEGATE_BENCH_{name}: not a number: {text}"));
+    var(name).map(parse).transpose()
+}
