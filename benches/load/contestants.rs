@@ -7,9 +7,8 @@ use crate::workloads::{Front, Workload};
 use anyhow::{Context, Result, bail};
 use std::fmt;
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -23,9 +22,29 @@ pub enum Kind {
     /// nginx that keeps answers to `POST` by tenant, path and key in its cache: on disk, but lost with the machine.
     NginxCache,
     Haproxy,
-    /// The gateway, with this engine under its store.
-    Oncegate(&'static str),
+    Oncegate(&'static Gateway),
 }
+
+/// A build of the gateway, with one of its engines under the store.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Gateway {
+    pub name: String,
+    pub engine: &'static str,
+    pub binary: PathBuf,
+}
+
+impl Kind {
+    /// All engines of a build, the default one first. They are known for as long as the program runs.
+    pub fn gateways(build: &str, binary: &Path) -> Vec<Self> {
+        let kind = |engine| {
+            let name = if engine == "sled" { build.to_owned() } else { format!("{build}-{engine}") };
+            Self::Oncegate(Box::leak(Box::new(Gateway { name, engine, binary: binary.to_owned() })))
+        };
+        ["sled", "fjall", "memory"].map(kind).to_vec()
+    }
+}
+
+pub const PEERS: [Kind; 4] = [Kind::Direct, Kind::Nginx, Kind::NginxCache, Kind::Haproxy];
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -34,8 +53,7 @@ impl fmt::Display for Kind {
             Self::Nginx => "nginx",
             Self::NginxCache => "nginx-cache",
             Self::Haproxy => "haproxy",
-            Self::Oncegate("sled") => "oncegate",
-            Self::Oncegate(engine) => return write!(f, "oncegate-{engine}"),
+            Self::Oncegate(gateway) => &gateway.name,
         })
     }
 }
@@ -50,7 +68,10 @@ impl Kind {
         let (program, argument) = match self {
             Self::Direct | Self::Nginx | Self::NginxCache => ("nginx", "-v"),
             Self::Haproxy => ("haproxy", "-v"),
-            Self::Oncegate(_) => return Ok(format!("oncegate {}", env!("CARGO_PKG_VERSION"))),
+            Self::Oncegate(gateway) => {
+                let version = first_line(&gateway.binary.to_string_lossy(), "--version")?;
+                return Ok(format!("{}: {version}", gateway.name));
+            }
         };
         first_line(program, argument)
     }
@@ -112,38 +133,40 @@ impl Contestant {
         fs::write(both, format!("{}{}", setting.certificate.cert, setting.certificate.key))?;
         let free = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let mut command = match kind {
-            Kind::Oncegate(engine) => oncegate(engine, workload, setting, dir)?,
+            Kind::Oncegate(gateway) => oncegate(gateway, workload, setting, dir)?,
             Kind::Haproxy => haproxy(free, workload.front, setting, dir)?,
             Kind::Direct | Kind::Nginx | Kind::NginxCache => nginx(kind, free, workload.front, setting, dir)?,
         };
-        // What it says goes to a file, but for the gateway, which says where it listens.
-        let says = match kind {
-            Kind::Oncegate(_) => Stdio::piped(),
-            _ => fs::File::create(dir.join("stderr"))?.into(),
-        };
+        let says = fs::File::create(dir.join("stderr"))?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(says);
         // A child starts on the core of the thread that starts it.
         measure::pin(setting.cores.proxy)?;
         let child = command.spawn();
         measure::pin(setting.cores.ends)?;
         let mut contestant = Self { kind, address: free, child: child.with_context(|| format!("{kind}"))? };
-        match contestant.child.stderr.take() {
-            Some(stderr) => contestant.address = listening(BufReader::new(stderr))?,
-            None => contestant.await_listening(dir)?,
-        }
+        contestant.await_listening(&dir.join("stderr"))?;
         Ok(contestant)
     }
 
-    fn await_listening(&mut self, dir: &Path) -> Result<()> {
+    fn await_listening(&mut self, stderr: &Path) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
-        while TcpStream::connect(self.address).is_err() {
+        loop {
+            let said = fs::read_to_string(stderr)?;
+            match self.kind {
+                Kind::Oncegate(_) => {
+                    if let Some(address) = listening(&said) {
+                        self.address = address;
+                        return Ok(());
+                    }
+                }
+                _ if TcpStream::connect(self.address).is_ok() => return Ok(()),
+                _ => {}
+            }
             if self.child.try_wait()?.is_some() || Instant::now() > deadline {
-                let said = fs::read_to_string(dir.join("stderr")).unwrap_or_default();
                 bail!("{} does not listen: {said}", self.kind);
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        Ok(())
     }
 
     pub fn tree(&self) -> Result<Tree> {
@@ -182,33 +205,23 @@ impl Drop for Contestant {
     }
 }
 
-/// Reads the gateway's log up to where it says its address; the rest is read and dropped, so that it can go on logging.
-fn listening(mut log: impl BufRead + Send + 'static) -> Result<SocketAddr> {
-    let mut said = String::new();
-    loop {
-        let from = said.len();
-        if log.read_line(&mut said)? == 0 {
-            bail!("the gateway did not start: {said}");
-        }
-        let line: serde_json::Value = serde_json::from_str(&said[from..]).unwrap_or_default();
-        if line["message"] == "listening" && line["role"] == "server" {
-            let address = line["address"].as_str().context("the address in the log")?.parse()?;
-            std::thread::spawn(move || {
-                let mut buffer = [0; 4096];
-                while log.read(&mut buffer).is_ok_and(|len| len > 0) {}
-            });
-            return Ok(address);
-        }
-    }
+/// The server's address, once the gateway's log tells it.
+fn listening(log: &str) -> Option<SocketAddr> {
+    log.lines().find_map(|line| {
+        let line: serde_json::Value = serde_json::from_str(line).ok()?;
+        let wanted = line["message"] == "listening" && line["role"] == "server";
+        wanted.then(|| line["address"].as_str()?.parse().ok()).flatten()
+    })
 }
 
-fn oncegate(engine: &str, workload: &Workload, setting: &Setting<'_>, dir: &Path) -> Result<Command> {
+fn oncegate(gateway: &Gateway, workload: &Workload, setting: &Setting<'_>, dir: &Path) -> Result<Command> {
     let (file, data) = (dir.join("oncegate.toml"), dir.join("data"));
     let mut text = format!(
-        "server.listen = \"127.0.0.1:0\"\nadmin.listen = \"127.0.0.1:0\"\nupstream.url = \"http://{}\"\n\
-         store.path = {:?}\nstore.engine = {engine:?}\nstore.durability = \"strict\"\n",
+        "server.listen = \"127.0.0.1:0\"\nserver.workers = 1\nadmin.listen = \"127.0.0.1:0\"\nupstream.url = \"http://{}\"\n\
+         store.path = {:?}\nstore.engine = {:?}\nstore.durability = \"strict\"\n",
         setting.upstream,
-        data.display().to_string()
+        data.display().to_string(),
+        gateway.engine
     );
     if workload.from_store {
         text += "cache.max_bytes = 0\n";
@@ -219,7 +232,9 @@ fn oncegate(engine: &str, workload: &Workload, setting: &Setting<'_>, dir: &Path
     }
     text += setting.gateway;
     fs::write(&file, text)?;
-    let mut command = Command::new(env!("CARGO_BIN_EXE_oncegate"));
+    let mut command = Command::new(&gateway.binary);
+    // As the others it writes no line per request: only that it listens, and what goes wrong.
+    command.env("RUST_LOG", "warn,oncegate::run=info");
     command.args(["serve", "--log-format", "json", "--config"]).arg(file);
     Ok(command)
 }

@@ -49,7 +49,7 @@ pub fn load(
         command.arg("--h1");
     }
     if workload.post {
-        let body = dir.join("body");
+        let body = dir.join("h2load.body");
         fs::write(&body, crate::http::json(workload.body_bytes))?;
         command.arg(format!("--data={}", body.display())).arg("--header=content-type: application/json");
     }

@@ -10,7 +10,8 @@
 //! machines. All traffic stays on 127.0.0.1.
 //!
 //! Environment, all with the prefix `ONCEGATE_BENCH_`: `WORKLOADS` and `CONTESTANTS` (names with commas between; also
-//! `oncegate-memory` and `oncegate-fjall`), `ROUNDS` (5), `REQUESTS` (a phase, 40,000), `CONNECTIONS` (64), `SETTINGS`
+//! `oncegate-memory` and `oncegate-fjall`), `BINARY` (builds of the gateway that take part side by side instead of this
+//! one: `PATH`, named by its file name, or `NAME=PATH`, with commas between), `ROUNDS` (5), `REQUESTS` (a phase, 40,000), `CONNECTIONS` (64), `SETTINGS`
 //! (further lines of the gateway's configuration), `DIR` (for the stores; default: that for temporary files), and
 //! `WRITE=1`, which keeps the raw run under `benches/runs`, draws its plots, and puts the table into the README.
 #![allow(
@@ -35,22 +36,12 @@ mod settings;
 mod workloads;
 
 use anyhow::{Result, bail};
-use contestants::{Certificate, Kind};
+use contestants::{Certificate, PEERS};
 use measure::Cores;
 use rounds::{Bench, LeftOut};
 use std::collections::BTreeMap;
 use std::time::Instant;
 use workloads::Front;
-
-const KINDS: &[Kind] = &[
-    Kind::Direct,
-    Kind::Nginx,
-    Kind::NginxCache,
-    Kind::Haproxy,
-    Kind::Oncegate("sled"),
-    Kind::Oncegate("fjall"),
-    Kind::Oncegate("memory"),
-];
 
 fn main() -> Result<()> {
     // `cargo test --benches` only wants to know whether it works.
@@ -78,10 +69,10 @@ fn main() -> Result<()> {
     };
 
     let (mut kinds, mut versions) = (Vec::new(), BTreeMap::new());
-    for &kind in KINDS.iter().filter(|kind| settings.wants(**kind)) {
+    for kind in PEERS.into_iter().chain(settings.gateways.clone()).filter(|kind| settings.wants(*kind)) {
         match kind.version() {
             Ok(version) => {
-                versions.insert(version.split(['/', ' ']).next().unwrap_or_default().to_owned(), version);
+                versions.insert(version.split(['/', ' ', ':']).next().unwrap_or_default().to_owned(), version);
                 kinds.push(kind);
             }
             Err(error) => bench.left_out.push(LeftOut { who: kind.to_string(), why: format!("{error:#}") }),
@@ -101,8 +92,11 @@ fn main() -> Result<()> {
     }
 
     rounds::mark_disturbed(&mut bench.phases);
-    let summaries =
-        settings.workloads.iter().flat_map(|workload| rounds::summarize(workload, &bench.phases)).collect::<Vec<_>>();
+    let summaries = settings
+        .workloads
+        .iter()
+        .flat_map(|workload| rounds::summarize(workload, &settings.gateways, &bench.phases))
+        .collect::<Vec<_>>();
     let run = report::Run {
         date: report::today()?,
         commit: report::commit(),

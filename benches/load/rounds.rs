@@ -62,7 +62,7 @@ impl Bench<'_> {
     /// All rounds of one workload, contestants in turns; `kinds` are those that are installed.
     pub fn run(&mut self, workload: &Workload, kinds: &[Kind]) {
         let mut entrants = Vec::new();
-        for kind in workload.contestants().into_iter().filter(|kind| kinds.contains(kind)) {
+        for kind in workload.contestants(&self.settings.gateways).into_iter().filter(|kind| kinds.contains(kind)) {
             match self.enter(kind, workload) {
                 Ok(entrant) => entrants.push(entrant),
                 Err(error) => self.leave_out(kind, workload, &error),
@@ -242,7 +242,7 @@ pub struct Summary {
     pub rss_bytes: f64,
 }
 
-pub fn summarize(workload: &Workload, phases: &[Phase]) -> Vec<Summary> {
+pub fn summarize(workload: &Workload, gateways: &[Kind], phases: &[Phase]) -> Vec<Summary> {
     let reference = workload.reference().to_string();
     let of = |contestant: &str| {
         let own = phases.iter().filter(|phase| phase.workload == workload.name && phase.contestant == contestant);
@@ -250,7 +250,7 @@ pub fn summarize(workload: &Workload, phases: &[Phase]) -> Vec<Summary> {
     };
     let references = of(&reference);
     let mut summaries = Vec::new();
-    for contestant in workload.contestants().iter().map(Kind::to_string) {
+    for contestant in workload.contestants(gateways).iter().map(Kind::to_string) {
         let all = of(&contestant);
         let quiet = all.iter().copied().filter(|phase| !phase.disturbed).collect::<Vec<_>>();
         let used = if quiet.is_empty() { &all } else { &quiet };

@@ -1,15 +1,19 @@
 //! What to run, from the environment.
 
-use crate::contestants::Kind;
+use crate::contestants::{Kind, PEERS};
 use crate::workloads::{Keys, WORKLOADS, Workload};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 #[derive(Serialize)]
 pub struct Settings {
     #[serde(skip)]
     pub workloads: Vec<Workload>,
+    /// The builds that are to take part, each with all engines.
+    #[serde(skip)]
+    pub gateways: Vec<Kind>,
     /// Names; `None`: nginx, haproxy and the gateway with its default engine.
     contestants: Option<Vec<String>>,
     pub rounds: usize,
@@ -32,7 +36,7 @@ impl Settings {
         let list = |name| var(name).map(|text| text.split(',').map(|item| item.trim().to_owned()).collect::<Vec<_>>());
         let mut contestants = list("CONTESTANTS");
         if quick && contestants.is_none() {
-            contestants = Some(vec!["nginx".to_owned(), "oncegate".to_owned()]);
+            contestants = Some(["nginx", "nginx-cache", "oncegate"].map(str::to_owned).to_vec());
         }
         let wanted = list("WORKLOADS");
         for name in wanted.iter().flatten() {
@@ -52,8 +56,14 @@ impl Settings {
                 workload
             })
             .collect();
+        let gateways = gateways(list("BINARY"))?;
+        let all = PEERS.iter().chain(&gateways).map(Kind::to_string).collect::<Vec<_>>();
+        for name in contestants.iter().flatten() {
+            ensure!(all.contains(name), "there is no contestant {name:?}; there are {all:?}");
+        }
         Ok(Self {
             workloads,
+            gateways,
             contestants,
             rounds: number("ROUNDS")?.unwrap_or(if quick { 1 } else { 5 }).max(1),
             requests: requests.max(1),
@@ -67,7 +77,7 @@ impl Settings {
     pub fn wants(&self, kind: Kind) -> bool {
         match &self.contestants {
             Some(names) => names.iter().any(|name| *name == kind.to_string()),
-            None => !matches!(kind, Kind::Oncegate("fjall" | "memory")),
+            None => !matches!(kind, Kind::Oncegate(gateway) if gateway.engine != "sled"),
         }
     }
 
@@ -75,6 +85,24 @@ impl Settings {
     pub fn requests_of(&self, workload: &Workload) -> usize {
         (self.requests / workload.share).max(self.in_flight)
     }
+}
+
+fn gateways(builds: Option<Vec<String>>) -> Result<Vec<Kind>> {
+    let builds = builds.unwrap_or_else(|| vec![format!("oncegate={}", env!("CARGO_BIN_EXE_oncegate"))]);
+    let mut names = Vec::new();
+    let mut gateways = Vec::new();
+    for build in &builds {
+        let file_name = || Path::new(build).file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let (name, path) = match build.split_once('=') {
+            Some((name, path)) => (name.to_owned(), path),
+            None => (file_name(), build.as_str()),
+        };
+        let binary = fs::canonicalize(path).with_context(|| format!("ONCEGATE_BENCH_BINARY: {path}"))?;
+        ensure!(!names.contains(&name), "ONCEGATE_BENCH_BINARY: two builds are named {name}; write NAME=PATH");
+        gateways.extend(Kind::gateways(&name, &binary));
+        names.push(name);
+    }
+    Ok(gateways)
 }
 
 fn var(name: &str) -> Option<String> {

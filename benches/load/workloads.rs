@@ -1,6 +1,6 @@
 //! What is asked of the proxies.
 
-use crate::contestants::Kind::{self, Direct, Haproxy, Nginx, NginxCache, Oncegate};
+use crate::contestants::Kind::{self, Direct, Haproxy, Nginx, NginxCache};
 use crate::ends::Source;
 use crate::http::json;
 use std::io::Write;
@@ -174,10 +174,8 @@ impl Workload {
     }
 
     /// Those who take part, the reference first.
-    pub fn contestants(&self) -> Vec<Kind> {
-        let mut all = self.peers.to_vec();
-        all.extend([Oncegate("sled"), Oncegate("fjall"), Oncegate("memory")]);
-        all
+    pub fn contestants(&self, gateways: &[Kind]) -> Vec<Kind> {
+        [self.peers, gateways].concat()
     }
 
     /// How many of `requests` requests must reach the upstream through a proxy that keeps records.
