@@ -3,8 +3,9 @@
 //! One epoll loop on raw sockets, so that the far ends cost little and never keep a proxy waiting for a change of
 //! threads. Each client connection has one request in flight; requests are counted, not timed.
 
-use crate::http::{Answer, Answers, Reader, malformed, status};
+use crate::http::{self, Answer, Answers, Reader, Reply, malformed};
 use rustix::event::epoll;
+use std::collections::HashSet;
 use std::io::{ErrorKind, IoSlice, Read, Result, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,11 +28,22 @@ pub struct Loaded {
     /// Nanoseconds from the time when a request was due to the end of its answer.
     pub latencies: Vec<u64>,
     pub elapsed: Duration,
+    /// Answers that were marked as replays.
+    pub replayed: usize,
+}
+
+/// What the upstream was asked to do.
+#[derive(Default)]
+pub struct Executions {
+    pub count: usize,
+    /// Of them, those with a key that had come before.
+    pub repeated: usize,
+    keys: HashSet<u128>,
 }
 
 enum Role {
     Upstream { reader: Reader<Answer>, answer: Option<Answer> },
-    Client { reader: Reader<u16>, head: Vec<u8>, due: Instant },
+    Client { reader: Reader<Reply>, head: Vec<u8>, due: Instant },
 }
 
 struct Connection {
@@ -52,8 +64,7 @@ pub struct Ends {
     events: Vec<epoll::Event>,
     scratch: Vec<u8>,
     answers: Answers,
-    /// Requests that the upstream has answered.
-    pub executed: u64,
+    executions: Executions,
 }
 
 /// The clients' side of one load.
@@ -66,6 +77,7 @@ struct Load<'a> {
     started: Instant,
     idle: Vec<usize>,
     latencies: Vec<u64>,
+    replayed: usize,
 }
 
 impl Load<'_> {
@@ -100,13 +112,18 @@ impl Ends {
             events: vec![nothing; 256],
             scratch: vec![0; 128 << 10],
             answers: Answers::new(),
-            executed: 0,
+            executions: Executions::default(),
         })
     }
 
     /// Where the upstream listens.
     pub fn upstream(&self) -> SocketAddr {
         self.address
+    }
+
+    /// What has come to the upstream since this was asked last.
+    pub fn take_executions(&mut self) -> Executions {
+        std::mem::take(&mut self.executions)
     }
 
     /// Opens connections for `load`.
@@ -136,7 +153,7 @@ impl Ends {
     ) -> Result<Loaded> {
         let started = Instant::now();
         let (idle, latencies) = (clients.to_vec(), Vec::with_capacity(count));
-        let mut load = Load { source, count, sent: 0, interval, started, idle, latencies };
+        let mut load = Load { source, count, sent: 0, interval, started, idle, latencies, replayed: 0 };
         let mut progress = (0, started);
         loop {
             let now = Instant::now();
@@ -147,7 +164,8 @@ impl Ends {
             }
             let done = load.latencies.len();
             if done == count {
-                return Ok(Loaded { latencies: load.latencies, elapsed: started.elapsed() });
+                let (elapsed, replayed) = (started.elapsed(), load.replayed);
+                return Ok(Loaded { latencies: load.latencies, elapsed, replayed });
             }
             if done > progress.0 {
                 progress = (done, now);
@@ -241,9 +259,16 @@ impl Ends {
         };
         match (&mut connection.role, read) {
             (Role::Upstream { reader, answer }, Ok(len @ 1..)) => {
-                reader.feed(&self.scratch[..len], Answer::to, |found| *answer = Some(found))?;
+                let executions = &mut self.executions;
+                let begin = |head: &[u8]| {
+                    if let Some(key) = http::key(head)? {
+                        executions.repeated += usize::from(!executions.keys.insert(key));
+                    }
+                    executions.count += 1;
+                    Answer::to(head)
+                };
+                reader.feed(&self.scratch[..len], begin, |found| *answer = Some(found))?;
                 if answer.is_some() {
-                    self.executed += 1;
                     write(&self.epoll, at, connection, &[], &self.answers)?;
                 }
             }
@@ -252,10 +277,11 @@ impl Ends {
             (Role::Client { reader, due, .. }, Ok(len @ 1..)) => {
                 let (due, load) = (*due, load.ok_or_else(|| malformed("an answer that nobody asked for"))?);
                 let mut complete = None;
-                reader.feed(&self.scratch[..len], status, |status| complete = Some(status))?;
+                reader.feed(&self.scratch[..len], Reply::of, |reply| complete = Some(reply))?;
                 match complete {
                     None => {}
-                    Some(200..300) => {
+                    Some(Reply { status: 200..300, replayed }) => {
+                        load.replayed += usize::from(replayed);
                         load.latencies.push(u64::try_from(due.elapsed().as_nanos()).unwrap_or(u64::MAX));
                         match load.due(Instant::now()) {
                             Some(due) => {
@@ -265,7 +291,7 @@ impl Ends {
                             None => load.idle.push(at),
                         }
                     }
-                    Some(status) => {
+                    Some(Reply { status, .. }) => {
                         let text = String::from_utf8_lossy(&self.scratch[..len]);
                         return Err(malformed(&format!("{status} where 2xx was due: {text}")));
                     }

@@ -73,6 +73,7 @@ pub fn load(
     Ok(Loaded {
         latencies: answers.iter().map(|answer| answer.took_us * 1000).collect(),
         elapsed: Duration::from_micros(end - begin),
+        replayed: 0,
     })
 }
 

@@ -97,10 +97,32 @@ fn value_of<'a>(line: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
     found.eq_ignore_ascii_case(name).then_some(value)
 }
 
-/// The status of a response's head.
-pub fn status(head: &[u8]) -> Result<u16> {
-    let text = head.get(9..12).and_then(|digits| std::str::from_utf8(digits).ok());
-    text.and_then(|text| text.parse().ok()).ok_or_else(|| malformed("a status line"))
+/// What a client looks at in the head of a response.
+#[derive(Clone, Copy)]
+pub struct Reply {
+    pub status: u16,
+    /// Marked as an answer from the record.
+    pub replayed: bool,
+}
+
+impl Reply {
+    pub fn of(head: &[u8]) -> Result<Self> {
+        let text = head.get(9..12).and_then(|digits| std::str::from_utf8(digits).ok());
+        let status = text.and_then(|text| text.parse().ok()).ok_or_else(|| malformed("a status line"))?;
+        Ok(Self { status, replayed: value(head, b"idempotency-replayed:").is_some_and(|value| value == b"true") })
+    }
+}
+
+/// The idempotency key of a request of ours: 32 hexadecimal digits.
+pub fn key(head: &[u8]) -> Result<Option<u128>> {
+    let Some(value) = value(head, b"idempotency-key:") else { return Ok(None) };
+    let text = std::str::from_utf8(value).ok();
+    text.and_then(|text| u128::from_str_radix(text, 16).ok()).map(Some).ok_or_else(|| malformed("a key"))
+}
+
+/// The value of the first line with this name.
+fn value<'a>(head: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
+    head.split(|&byte| byte == b'\n').find_map(|line| value_of(line, name)).map(<[u8]>::trim_ascii)
 }
 
 /// What the upstream answers with.

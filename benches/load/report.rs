@@ -25,6 +25,8 @@ pub struct Run<'a> {
     pub cpu: String,
     pub kernel: String,
     pub versions: BTreeMap<String, String>,
+    /// An append and its `fdatasync`, before and after.
+    pub commit_us: [f64; 2],
     pub settings: &'a Settings,
     pub left_out: &'a [LeftOut],
     pub phases: &'a [Phase],
@@ -84,16 +86,20 @@ pub fn table(run: &Run<'_>, workloads: &[Workload], summaries: &[Summary], took:
     for version in run.versions.values() {
         let _ = writeln!(text, "{version}.");
     }
-    for LeftOut { who, why } in run.left_out {
+    let [before, after] = run.commit_us;
+    let _ =
+        writeln!(text, "An append and its fdatasync on this disk: {before:.0} µs before the run, {after:.0} after it.");
+    for LeftOut { who, why, .. } in run.left_out {
         let _ = writeln!(text, "Left out: {who}: {why}.");
     }
-    text += "\n| workload | proxy | CPU µs per request (spread) | ratio | requests/s | p50 µs | p99 µs | p99.9 µs | written bytes per request | RSS MiB | quiet rounds |\n\
+    text += "\n| workload | proxy | CPU µs per request (spread) | ratio | requests/s | p50 µs | p99 µs (ratio) | p99.9 µs | written bytes per request | RSS MiB | quiet rounds |\n\
              |---|---|---|---|---|---|---|---|---|---|---|\n";
     for row in summaries {
-        let ratio = row.ratio.map_or_else(|| "—".to_owned(), |ratio| format!("{ratio:.2}"));
+        let show = |ratio: Option<f64>| ratio.map_or_else(|| "—".to_owned(), |ratio| format!("{ratio:.2}"));
+        let (ratio, p99_ratio) = (show(row.ratio), show(row.p99_ratio));
         let _ = writeln!(
             text,
-            "| {} | {} | {:.1} ({:.1}–{:.1}) | {ratio} | {:.0} | {:.0} | {:.0} | {:.0} | {:.0} | {:.0} | {} of {} |",
+            "| {} | {} | {:.1} ({:.1}–{:.1}) | {ratio} | {:.0} | {:.0} | {:.0} ({p99_ratio}) | {:.0} | {:.0} | {:.0} | {} of {} |",
             row.workload,
             row.contestant,
             row.cpu_us,

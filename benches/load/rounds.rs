@@ -5,7 +5,7 @@ use crate::ends::{Ends, Loaded};
 use crate::h2load;
 use crate::measure::{self, Busy, Cores};
 use crate::settings::Settings;
-use crate::workloads::{Front, Keys, Requests, Workload};
+use crate::workloads::{Front, Keys, Rate, Requests, Workload};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -39,6 +39,15 @@ pub struct Phase {
 pub struct LeftOut {
     pub who: String,
     pub why: String,
+    /// It ran and did something wrong.
+    pub failed: bool,
+}
+
+impl LeftOut {
+    /// That is not installed.
+    pub fn new(who: String, why: &anyhow::Error) -> Self {
+        Self { who, why: format!("{why:#}"), failed: false }
+    }
 }
 
 /// A contestant in its workload.
@@ -68,12 +77,19 @@ impl Bench<'_> {
                 Err(error) => self.leave_out(kind, workload, &error),
             }
         }
+        let mut workload = workload.clone();
+        if let (Rate::Share(share), Some(reference)) = (workload.rate, entrants.first_mut()) {
+            match self.capacity(&workload, reference) {
+                Ok(capacity) => workload.rate = Rate::Fixed((capacity * share).round()),
+                Err(error) => return self.leave_out(reference.contestant.kind, &workload, &error),
+            }
+        }
         for round in 0..self.settings.rounds {
             let mut failed = Vec::new();
             for turn in 0..entrants.len() {
                 let at = (turn + round) % entrants.len();
                 let kind = entrants[at].contestant.kind;
-                match self.phase(workload, &mut entrants[at], round) {
+                match self.phase(&workload, &mut entrants[at], round) {
                     Ok(phase) => {
                         eprintln!(
                             "{:12} {:12} {round}: {:6.2} µs CPU, {:7.0} requests/s, p99 {:6.0} µs, ping {} and {} ns, others {} ms",
@@ -89,7 +105,7 @@ impl Bench<'_> {
                         self.phases.push(phase);
                     }
                     Err(error) => {
-                        self.leave_out(kind, workload, &error);
+                        self.leave_out(kind, &workload, &error);
                         failed.push(kind);
                     }
                 }
@@ -101,7 +117,10 @@ impl Bench<'_> {
     fn leave_out(&mut self, kind: Kind, workload: &Workload, error: &anyhow::Error) {
         let (who, why) = (format!("{kind} in {}", workload.name), format!("{error:#}"));
         eprintln!("{who}: {why}");
-        self.left_out.push(LeftOut { who, why });
+        // Who failed once has no figures, those of earlier rounds included.
+        let name = kind.to_string();
+        self.phases.retain(|phase| phase.workload != workload.name || phase.contestant != name);
+        self.left_out.push(LeftOut { who, why, failed: true });
     }
 
     /// Starts a contestant, and lets it make the records that the workload wants.
@@ -134,6 +153,19 @@ impl Bench<'_> {
         Contestant::start(kind, workload, &setting, dir)
     }
 
+    /// How many requests a second it answers when it gets them as fast as it can.
+    fn capacity(&mut self, workload: &Workload, entrant: &mut Entrant) -> Result<f64> {
+        let count = self.settings.requests_of(workload);
+        let clients = self.ends.connect(entrant.contestant.address, self.settings.in_flight)?;
+        let mut elapsed = Duration::ZERO;
+        // The first time warms it up.
+        for _ in 0..2 {
+            elapsed = self.ends.load(&clients, entrant.requests.begin(workload.keys), count, None)?.elapsed;
+        }
+        self.ends.disconnect(clients);
+        Ok(count as f64 / elapsed.as_secs_f64())
+    }
+
     fn phase(&mut self, workload: &Workload, entrant: &mut Entrant, round: usize) -> Result<Phase> {
         let count = self.settings.requests_of(workload);
         let tree = entrant.contestant.tree()?;
@@ -147,7 +179,7 @@ impl Bench<'_> {
         let warm_up = (10 * self.settings.in_flight).min(count);
         self.load(workload, entrant, &clients, warm_up).context("while warming up")?;
 
-        let executed = self.ends.executed;
+        self.ends.take_executions();
         let before = tree.settle();
         let (own_before, busy_before) = (measure::own_user(), Busy::now(self.cores));
         let loaded = self.load(workload, entrant, &clients, count)?;
@@ -157,13 +189,18 @@ impl Bench<'_> {
         let ping_after = measure::ping(self.cores)?;
 
         // Whoever did something else than was asked costs something else.
-        let executed = self.ends.executed - executed;
-        let expected = match entrant.contestant.kind {
+        let (executed, kind) = (self.ends.take_executions(), entrant.contestant.kind);
+        let expected = match kind {
             Kind::Direct => 0,
             kind if kind.keeps_records() => workload.executions(count),
             _ => count,
         };
-        ensure!(executed == expected as u64, "{executed} requests came to the upstream, not {expected}");
+        ensure!(executed.count == expected, "{} requests came to the upstream, not {expected}", executed.count);
+        ensure!(executed.repeated == 0, "{} of them came with a key that had come before", executed.repeated);
+        if matches!(kind, Kind::Oncegate(_)) {
+            let (replayed, expected) = (loaded.replayed, count - expected);
+            ensure!(replayed == expected, "{replayed} answers were marked as replays, not {expected}");
+        }
 
         let foreign = busy.foreign_since(busy_before, own + (at_end.user - before.user));
         let each = |sum: f64| sum / count as f64;
@@ -171,7 +208,7 @@ impl Bench<'_> {
         latencies.sort_unstable();
         Ok(Phase {
             workload: workload.name,
-            contestant: entrant.contestant.kind.to_string(),
+            contestant: kind.to_string(),
             round,
             requests: count,
             cpu_us: each((after.cpu - before.cpu).as_secs_f64() * 1e6),
@@ -193,7 +230,10 @@ impl Bench<'_> {
         if workload.front != Front::Http1 {
             return h2load::load(&mut self.ends, to, workload, count, self.settings.in_flight, &entrant.dir);
         }
-        let interval = workload.rate.map(|rate| Duration::from_secs(1) / rate);
+        let interval = match workload.rate {
+            Rate::Full | Rate::Share(_) => None,
+            Rate::Fixed(rate) => Some(Duration::from_secs_f64(1.0 / rate)),
+        };
         Ok(self.ends.load(clients, entrant.requests.begin(workload.keys), count, interval)?)
     }
 }
@@ -237,6 +277,8 @@ pub struct Summary {
     pub requests_per_second: f64,
     pub p50_us: f64,
     pub p99_us: f64,
+    /// Of it to the reference's, round by round.
+    pub p99_ratio: Option<f64>,
     pub p999_us: f64,
     pub written_bytes: f64,
     pub rss_bytes: f64,
@@ -258,11 +300,13 @@ pub fn summarize(workload: &Workload, gateways: &[Kind], phases: &[Phase]) -> Ve
             continue;
         }
         let figure = |get: fn(&Phase) -> f64| median(used.iter().map(|phase| get(phase)));
-        let ratios = used.iter().filter_map(|phase| {
-            let other = references.iter().find(|other| other.round == phase.round)?;
-            (other.disturbed == phase.disturbed).then_some(phase.cpu_us / other.cpu_us)
-        });
-        let ratio = median(ratios);
+        let ratio = |get: fn(&Phase) -> f64| {
+            let ratios = used.iter().filter_map(|phase| {
+                let other = references.iter().find(|other| other.round == phase.round)?;
+                (other.disturbed == phase.disturbed).then_some(get(phase) / get(other))
+            });
+            Some(median(ratios)).filter(|ratio| ratio.is_finite())
+        };
         let cpu = used.iter().map(|phase| phase.cpu_us);
         summaries.push(Summary {
             workload: workload.name,
@@ -271,10 +315,11 @@ pub fn summarize(workload: &Workload, gateways: &[Kind], phases: &[Phase]) -> Ve
             rounds: all.len(),
             cpu_us: figure(|phase| phase.cpu_us),
             cpu_us_spread: (cpu.clone().fold(f64::INFINITY, f64::min), cpu.fold(0.0, f64::max)),
-            ratio: ratio.is_finite().then_some(ratio),
+            ratio: ratio(|phase| phase.cpu_us),
             requests_per_second: figure(|phase| phase.requests_per_second),
             p50_us: figure(|phase| phase.p50_us),
             p99_us: figure(|phase| phase.p99_us),
+            p99_ratio: ratio(|phase| phase.p99_us),
             p999_us: figure(|phase| phase.p999_us),
             written_bytes: figure(|phase| phase.written_bytes),
             rss_bytes: figure(|phase| phase.rss_bytes as f64),

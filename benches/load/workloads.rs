@@ -39,6 +39,17 @@ pub enum Keys {
     Mixed,
 }
 
+/// When requests are sent.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rate {
+    /// As fast as the answers come.
+    Full,
+    /// So many a second, however fast the answers come.
+    Fixed(f64),
+    /// As `Fixed`, at this share of what the reference can do.
+    Share(f64),
+}
+
 #[derive(Clone, Debug)]
 pub struct Workload {
     pub name: &'static str,
@@ -50,8 +61,7 @@ pub struct Workload {
     pub keys: Keys,
     /// Without a hot cache, and started anew after the records were made.
     pub from_store: bool,
-    /// Requests a second, independent of how fast the answers come; `None`: as fast as they come.
-    pub rate: Option<u32>,
+    pub rate: Rate,
     /// Takes one in so many of the usual number of requests.
     pub share: usize,
     /// Who can do it, beside the gateway; the first is what the others are compared with.
@@ -67,7 +77,7 @@ const PASS: Workload = Workload {
     body_bytes: 0,
     keys: Keys::None,
     from_store: false,
-    rate: None,
+    rate: Rate::Full,
     share: 1,
     peers: &[Nginx, Haproxy, Direct],
 };
@@ -152,17 +162,16 @@ pub const WORKLOADS: &[Workload] = &[
     },
     Workload {
         name: "get-paced",
-        meaning: "GET passes through, 5,000 a second",
-        rate: Some(5000),
-        share: 4,
+        meaning: "GET passes through, at a steady 30 % of what nginx can do",
+        rate: Rate::Share(0.3),
         peers: &[Nginx, Haproxy, Direct],
         ..PASS
     },
     Workload {
         name: "fresh-paced",
         meaning: "POST with a new key, 1,000 a second",
-        rate: Some(1000),
-        share: 20,
+        rate: Rate::Fixed(1000.0),
+        share: 10,
         peers: &[NginxCache, Nginx],
         ..FRESH
     },
