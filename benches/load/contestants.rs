@@ -114,6 +114,8 @@ pub struct Setting<'a> {
     pub certificate: &'a Certificate,
     /// Further lines of the gateway's configuration.
     pub gateway: &'a str,
+    /// Where `strace` is to sum up the system calls.
+    pub strace: Option<&'a Path>,
 }
 
 /// A running proxy. Dropped, it is asked to end, and killed if it does not.
@@ -137,6 +139,9 @@ impl Contestant {
             Kind::Haproxy => haproxy(free, workload.front, setting, dir)?,
             Kind::Direct | Kind::Nginx | Kind::NginxCache => nginx(kind, free, workload.front, setting, dir)?,
         };
+        if let Some(summary) = setting.strace {
+            command = traced(&command, summary);
+        }
         let says = fs::File::create(dir.join("stderr"))?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(says);
         // A child starts on the core of the thread that starts it.
@@ -203,6 +208,14 @@ impl Drop for Contestant {
             let _ = self.child.wait();
         }
     }
+}
+
+/// The same program under a tracer, which is not its parent but beside it.
+fn traced(program: &Command, summary: &Path) -> Command {
+    let mut traced = command("strace");
+    traced.args(["-D", "-f", "-c", "-o"]).arg(summary).arg("--").arg(program.get_program()).args(program.get_args());
+    traced.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    traced
 }
 
 /// The server's address, once the gateway's log tells it.

@@ -30,6 +30,7 @@ mod h2load;
 mod http;
 mod measure;
 mod plot;
+mod readme;
 mod report;
 mod rounds;
 mod settings;

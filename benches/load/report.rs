@@ -2,6 +2,7 @@
 
 use crate::contestants::first_line;
 use crate::plot;
+use crate::readme;
 use crate::rounds::{LeftOut, Phase, Summary};
 use crate::settings::Settings;
 use crate::workloads::Workload;
@@ -13,9 +14,6 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
-
-const BEGIN: &str = "<!-- load: begin -->";
-const END: &str = "<!-- load: end -->";
 
 /// One run, as it is kept.
 #[derive(Serialize)]
@@ -142,16 +140,11 @@ pub fn write(run: &Run<'_>, table: &str, summaries: &[Summary]) -> Result<()> {
         &bars(summaries, |name| name.ends_with("-paced"), |row| row.p99_us),
     )?;
 
-    let readme = root.join("README.md");
-    let text = fs::read_to_string(&readme)?;
-    let (before, rest) = text.split_once(BEGIN).context("the README lacks the mark where the table begins")?;
-    let (_, after) = rest.split_once(END).context("the README lacks the mark where the table ends")?;
     let text = format!(
-        "{before}{BEGIN}\n![CPU per request](benches/runs/cpu.svg)\n![Latency](benches/runs/latency.svg)\n\n\
-         {table}\nThe raw run: [{name}.json](benches/runs/{name}.json)\n{END}{after}"
+        "![CPU per request](benches/runs/cpu.svg)\n![Latency](benches/runs/latency.svg)\n\n\
+         {table}\nThe raw run: [{name}.json](benches/runs/{name}.json)\n"
     );
-    fs::write(readme, text)?;
-    Ok(())
+    readme::replace("load", &text)
 }
 
 fn bars(summaries: &[Summary], wanted: fn(&str) -> bool, value: fn(&Summary) -> f64) -> Vec<plot::Group> {

@@ -149,6 +149,7 @@ impl Bench<'_> {
             upstream: self.ends.upstream(),
             certificate: &self.certificate,
             gateway: &self.settings.gateway,
+            strace: None,
         };
         Contestant::start(kind, workload, &setting, dir)
     }
