@@ -122,6 +122,7 @@ pub struct Setting<'a> {
 pub struct Contestant {
     pub kind: Kind,
     pub address: SocketAddr,
+    stderr: PathBuf,
     child: Child,
 }
 
@@ -142,24 +143,26 @@ impl Contestant {
         if let Some(summary) = setting.strace {
             command = traced(&command, summary);
         }
-        let says = fs::File::create(dir.join("stderr"))?;
+        let stderr = dir.join("stderr");
+        let says = fs::File::create(&stderr)?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(says);
         // A child starts on the core of the thread that starts it.
         measure::pin(setting.cores.proxy)?;
         let child = command.spawn();
         measure::pin(setting.cores.ends)?;
-        let mut contestant = Self { kind, address: free, child: child.with_context(|| format!("{kind}"))? };
-        contestant.await_listening(&dir.join("stderr"))?;
+        let child = child.with_context(|| format!("{kind}"))?;
+        let mut contestant = Self { kind, address: free, stderr, child };
+        contestant.await_listening()?;
         Ok(contestant)
     }
 
-    fn await_listening(&mut self, stderr: &Path) -> Result<()> {
+    fn await_listening(&mut self) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let said = fs::read_to_string(stderr)?;
+            let said = fs::read_to_string(&self.stderr)?;
             match self.kind {
                 Kind::Oncegate(_) => {
-                    if let Some(address) = listening(&said) {
+                    if let Some(address) = listening(&said, "server") {
                         self.address = address;
                         return Ok(());
                     }
@@ -170,8 +173,13 @@ impl Contestant {
             if self.child.try_wait()?.is_some() || Instant::now() > deadline {
                 bail!("{} does not listen: {said}", self.kind);
             }
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(Duration::from_micros(500));
         }
+    }
+
+    /// The gateway's admin address.
+    pub fn admin(&self) -> Result<SocketAddr> {
+        listening(&fs::read_to_string(&self.stderr)?, "admin").context("the admin address in the log")
     }
 
     pub fn tree(&self) -> Result<Tree> {
@@ -218,11 +226,11 @@ fn traced(program: &Command, summary: &Path) -> Command {
     traced
 }
 
-/// The server's address, once the gateway's log tells it.
-fn listening(log: &str) -> Option<SocketAddr> {
+/// Where the gateway listens in this role, once its log tells it.
+fn listening(log: &str, role: &str) -> Option<SocketAddr> {
     log.lines().find_map(|line| {
         let line: serde_json::Value = serde_json::from_str(line).ok()?;
-        let wanted = line["message"] == "listening" && line["role"] == "server";
+        let wanted = line["message"] == "listening" && line["role"] == role;
         wanted.then(|| line["address"].as_str()?.parse().ok()).flatten()
     })
 }

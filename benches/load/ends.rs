@@ -9,6 +9,8 @@ use std::collections::HashSet;
 use std::io::{ErrorKind, IoSlice, Read, Result, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const LISTENER: u64 = u64::MAX;
@@ -65,6 +67,9 @@ pub struct Ends {
     scratch: Vec<u8>,
     answers: Answers,
     executions: Executions,
+    /// Until it is true, requests wait for their answers, on these connections.
+    hold: Option<Arc<AtomicBool>>,
+    held: Vec<usize>,
 }
 
 /// The clients' side of one load.
@@ -113,6 +118,8 @@ impl Ends {
             scratch: vec![0; 128 << 10],
             answers: Answers::new(),
             executions: Executions::default(),
+            hold: None,
+            held: Vec::new(),
         })
     }
 
@@ -124,6 +131,22 @@ impl Ends {
     /// What has come to the upstream since this was asked last.
     pub fn take_executions(&mut self) -> Executions {
         std::mem::take(&mut self.executions)
+    }
+
+    /// The upstream answers nothing until `open` is true.
+    pub fn hold_until(&mut self, open: Arc<AtomicBool>) {
+        self.hold = Some(open);
+    }
+
+    fn release(&mut self) -> Result<()> {
+        if self.hold.take_if(|open| open.load(Ordering::Acquire)).is_some() {
+            for at in std::mem::take(&mut self.held) {
+                if let Some(connection) = &mut self.connections[at] {
+                    write(&self.epoll, at, connection, &[], &self.answers)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Opens connections for `load`.
@@ -173,8 +196,13 @@ impl Ends {
                 return Err(malformed(&format!("{done} of {count} answers, and no more of them")));
             }
             // A paced load spins: a timer would come late, and this core has nothing else to do.
-            let wait = if interval.is_some() { Duration::ZERO } else { Duration::from_secs(1) };
+            let wait = match (interval, &self.hold) {
+                (Some(_), _) => Duration::ZERO,
+                (None, Some(_)) => Duration::from_millis(1),
+                (None, None) => Duration::from_secs(1),
+            };
             self.turn(wait, Some(&mut load))?;
+            self.release()?;
         }
     }
 
@@ -268,7 +296,9 @@ impl Ends {
                     Answer::to(head)
                 };
                 reader.feed(&self.scratch[..len], begin, |found| *answer = Some(found))?;
-                if answer.is_some() {
+                if answer.is_some() && self.hold.is_some() {
+                    self.held.push(at);
+                } else if answer.is_some() {
                     write(&self.epoll, at, connection, &[], &self.answers)?;
                 }
             }

@@ -9,6 +9,8 @@
 //! in the background included, over a counted number of requests. Compare ratios on one machine, not figures between
 //! machines. All traffic stays on 127.0.0.1.
 //!
+//! Beside them `scale`: start, idle connections, waiters, sizes.
+//!
 //! Environment, all with the prefix `ONCEGATE_BENCH_`: `WORKLOADS` and `CONTESTANTS` (names with commas between; also
 //! `oncegate-memory` and `oncegate-fjall`), `BINARY` (builds of the gateway that take part side by side instead of this
 //! one: `PATH`, named by its file name, or `NAME=PATH`, with commas between), `ROUNDS` (5), `REQUESTS` (a phase, 40,000), `CONNECTIONS` (64), `SETTINGS`
@@ -33,11 +35,12 @@ mod plot;
 mod readme;
 mod report;
 mod rounds;
+mod scale;
 mod settings;
 mod workloads;
 
 use anyhow::{Result, bail};
-use contestants::{Certificate, PEERS};
+use contestants::{Certificate, Kind, PEERS};
 use measure::Cores;
 use rounds::{Bench, LeftOut};
 use std::collections::BTreeMap;
@@ -54,6 +57,7 @@ fn main() -> Result<()> {
         bail!("the proxy and its load need a core each, and there is only one");
     }
     measure::pin(cores.ends)?;
+    scale::raise_open_files()?;
     let dir = match &settings.dir {
         Some(dir) => tempfile::tempdir_in(dir)?,
         None => tempfile::tempdir()?,
@@ -89,6 +93,19 @@ fn main() -> Result<()> {
             _ => bench.run(workload, &kinds),
         }
     }
+    let mut figures = Vec::new();
+    for kind in kinds.iter().filter(|_| settings.scale) {
+        if let Kind::Oncegate(gateway) = kind {
+            match scale::figures(&mut bench, gateway) {
+                Ok(more) => figures.extend(more),
+                Err(error) => {
+                    let (who, why) = (format!("{kind} in {}", settings::SCALE), format!("{error:#}"));
+                    eprintln!("{who}: {why}");
+                    bench.left_out.push(LeftOut { who, why, failed: true });
+                }
+            }
+        }
+    }
     if let Ok(version) = h2load {
         versions.insert("h2load".to_owned(), version);
     }
@@ -109,6 +126,7 @@ fn main() -> Result<()> {
         settings: &settings,
         left_out: &bench.left_out,
         phases: &bench.phases,
+        scale: &figures,
     };
     let table = report::table(&run, &settings.workloads, &summaries, started.elapsed());
     println!("{table}");

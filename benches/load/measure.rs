@@ -101,6 +101,24 @@ impl Tree {
         }
     }
 
+    /// How often their threads have gone to sleep up to now: as often, but for one, they were woken.
+    pub fn sleeps(&self) -> u64 {
+        let tasks = self.0.iter().filter_map(|pid| fs::read_dir(format!("/proc/{pid}/task")).ok()).flatten().flatten();
+        tasks
+            .filter_map(|task| {
+                let status = task.path().join("status");
+                let status = status.to_str()?;
+                field(status, "voluntary_ctxt_switches:")
+            })
+            .sum()
+    }
+
+    /// Resident memory once nothing goes on any more.
+    pub fn settle_rss(&self) -> u64 {
+        self.settle();
+        self.rss_bytes()
+    }
+
     /// Resident memory of all of them together; what they share counts for each.
     pub fn rss_bytes(&self) -> u64 {
         let rss = |pid: &u32| field(&format!("/proc/{pid}/status"), "VmRSS:").unwrap_or(0);

@@ -3,7 +3,8 @@
 use crate::contestants::first_line;
 use crate::plot;
 use crate::readme;
-use crate::rounds::{LeftOut, Phase, Summary};
+use crate::rounds::{LeftOut, Phase, Spread, Summary};
+use crate::scale::Figure;
 use crate::settings::Settings;
 use crate::workloads::Workload;
 use anyhow::{Context, Result};
@@ -28,6 +29,7 @@ pub struct Run<'a> {
     pub settings: &'a Settings,
     pub left_out: &'a [LeftOut],
     pub phases: &'a [Phase],
+    pub scale: &'a [Figure],
 }
 
 pub fn cpu_model() -> String {
@@ -90,8 +92,10 @@ pub fn table(run: &Run<'_>, workloads: &[Workload], summaries: &[Summary], took:
     for LeftOut { who, why, .. } in run.left_out {
         let _ = writeln!(text, "Left out: {who}: {why}.");
     }
-    text += "\n| workload | proxy | CPU µs per request (spread) | ratio | requests/s | p50 µs | p99 µs (ratio) | p99.9 µs | written bytes per request | RSS MiB | quiet rounds |\n\
+    if !summaries.is_empty() {
+        text += "\n| workload | proxy | CPU µs per request (spread) | ratio | requests/s | p50 µs | p99 µs (ratio) | p99.9 µs | written bytes per request | RSS MiB | quiet rounds |\n\
              |---|---|---|---|---|---|---|---|---|---|---|\n";
+    }
     for row in summaries {
         let show = |ratio: Option<f64>| ratio.map_or_else(|| "—".to_owned(), |ratio| format!("{ratio:.2}"));
         let (ratio, p99_ratio) = (show(row.ratio), show(row.p99_ratio));
@@ -100,18 +104,24 @@ pub fn table(run: &Run<'_>, workloads: &[Workload], summaries: &[Summary], took:
             "| {} | {} | {:.1} ({:.1}–{:.1}) | {ratio} | {:.0} | {:.0} | {:.0} ({p99_ratio}) | {:.0} | {:.0} | {:.0} | {} of {} |",
             row.workload,
             row.contestant,
-            row.cpu_us,
-            row.cpu_us_spread.0,
-            row.cpu_us_spread.1,
+            row.cpu_us.median,
+            row.cpu_us.least,
+            row.cpu_us.most,
             row.requests_per_second,
-            row.p50_us,
-            row.p99_us,
+            row.p50_us.median,
+            row.p99_us.median,
             row.p999_us,
             row.written_bytes,
             row.rss_bytes / f64::from(1 << 20),
             row.quiet_rounds,
             row.rounds,
         );
+    }
+    if !run.scale.is_empty() {
+        text += "\n| what | gateway | figure |\n|---|---|---|\n";
+    }
+    for Figure { gateway, what, value, unit } in run.scale {
+        let _ = writeln!(text, "| {what} | {gateway} | {value:.1} {unit} |");
     }
     text += "\n";
     for workload in workloads {
@@ -127,17 +137,19 @@ pub fn write(run: &Run<'_>, table: &str, summaries: &[Summary]) -> Result<()> {
     fs::create_dir_all(&runs)?;
     let name = format!("{}-{}", run.date, run.commit.trim_end_matches('+'));
     let file = fs::File::create(runs.join(format!("{name}.json")))?;
-    serde_json::to_writer_pretty(file, run)?;
+    serde_json::to_writer(file, run)?;
 
-    plot::bars(
-        &runs.join("cpu.svg"),
-        "CPU µs per request",
-        &bars(summaries, |name| !name.ends_with("-paced"), |row| row.cpu_us),
-    )?;
-    plot::bars(
+    let at_full_speed = |row: &&Summary| !row.workload.ends_with("-paced");
+    let cpu = groups(summaries.iter().filter(at_full_speed).map(|row| (row.workload.to_owned(), row, &row.cpu_us)));
+    plot::draw(&runs.join("cpu.svg"), "CPU µs per request of the proxy: median, least and most", &cpu)?;
+    let paced = || summaries.iter().filter(|row| !at_full_speed(row));
+    let p50 = paced().map(|row| (format!("{}, p50", row.workload), row, &row.p50_us));
+    let p99 = paced().map(|row| (format!("{}, p99", row.workload), row, &row.p99_us));
+    let latency = groups(p50.chain(p99));
+    plot::draw(
         &runs.join("latency.svg"),
-        "p99 in µs at a steady rate",
-        &bars(summaries, |name| name.ends_with("-paced"), |row| row.p99_us),
+        "Latency in µs at a steady rate: median, least and most of the rounds",
+        &latency,
     )?;
 
     let text = format!(
@@ -147,14 +159,14 @@ pub fn write(run: &Run<'_>, table: &str, summaries: &[Summary]) -> Result<()> {
     readme::replace("load", &text)
 }
 
-fn bars(summaries: &[Summary], wanted: fn(&str) -> bool, value: fn(&Summary) -> f64) -> Vec<plot::Group> {
+fn groups<'a>(rows: impl Iterator<Item = (String, &'a Summary, &'a Spread)>) -> Vec<plot::Group> {
     let mut groups: Vec<plot::Group> = Vec::new();
-    for row in summaries.iter().filter(|row| wanted(row.workload)) {
-        if groups.last().is_none_or(|group| group.name != row.workload) {
-            groups.push(plot::Group { name: row.workload, bars: Vec::new() });
+    for (name, row, &Spread { median, least, most }) in rows {
+        if groups.last().is_none_or(|group| group.name != name) {
+            groups.push(plot::Group { name, marks: Vec::new() });
         }
         if let Some(group) = groups.last_mut() {
-            group.bars.push((row.contestant.clone(), value(row)));
+            group.marks.push(plot::Mark { contestant: row.contestant.clone(), median, least, most });
         }
     }
     groups

@@ -264,20 +264,32 @@ pub fn mark_disturbed(phases: &mut [Phase]) {
     }
 }
 
+/// Of the rounds.
+pub struct Spread {
+    pub median: f64,
+    pub least: f64,
+    pub most: f64,
+}
+
+impl Spread {
+    fn of(values: impl Iterator<Item = f64> + Clone) -> Self {
+        let (least, most) = (values.clone().fold(f64::INFINITY, f64::min), values.clone().fold(0.0, f64::max));
+        Self { median: median(values), least, most }
+    }
+}
+
 /// A contestant's figures in a workload: medians of the quiet rounds, or of all where none was quiet.
 pub struct Summary {
     pub workload: &'static str,
     pub contestant: String,
     pub quiet_rounds: usize,
     pub rounds: usize,
-    pub cpu_us: f64,
-    /// The least and the most.
-    pub cpu_us_spread: (f64, f64),
+    pub cpu_us: Spread,
     /// Of CPU time, round by round, to the workload's reference.
     pub ratio: Option<f64>,
     pub requests_per_second: f64,
-    pub p50_us: f64,
-    pub p99_us: f64,
+    pub p50_us: Spread,
+    pub p99_us: Spread,
     /// Of it to the reference's, round by round.
     pub p99_ratio: Option<f64>,
     pub p999_us: f64,
@@ -300,6 +312,7 @@ pub fn summarize(workload: &Workload, gateways: &[Kind], phases: &[Phase]) -> Ve
         if used.is_empty() {
             continue;
         }
+        let spread = |get: fn(&Phase) -> f64| Spread::of(used.iter().map(|phase| get(phase)));
         let figure = |get: fn(&Phase) -> f64| median(used.iter().map(|phase| get(phase)));
         let ratio = |get: fn(&Phase) -> f64| {
             let ratios = used.iter().filter_map(|phase| {
@@ -308,18 +321,16 @@ pub fn summarize(workload: &Workload, gateways: &[Kind], phases: &[Phase]) -> Ve
             });
             Some(median(ratios)).filter(|ratio| ratio.is_finite())
         };
-        let cpu = used.iter().map(|phase| phase.cpu_us);
         summaries.push(Summary {
             workload: workload.name,
             contestant,
             quiet_rounds: quiet.len(),
             rounds: all.len(),
-            cpu_us: figure(|phase| phase.cpu_us),
-            cpu_us_spread: (cpu.clone().fold(f64::INFINITY, f64::min), cpu.fold(0.0, f64::max)),
+            cpu_us: spread(|phase| phase.cpu_us),
             ratio: ratio(|phase| phase.cpu_us),
             requests_per_second: figure(|phase| phase.requests_per_second),
-            p50_us: figure(|phase| phase.p50_us),
-            p99_us: figure(|phase| phase.p99_us),
+            p50_us: spread(|phase| phase.p50_us),
+            p99_us: spread(|phase| phase.p99_us),
             p99_ratio: ratio(|phase| phase.p99_us),
             p999_us: figure(|phase| phase.p999_us),
             written_bytes: figure(|phase| phase.written_bytes),

@@ -6,6 +6,10 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Chosen like a workload.
+pub const SCALE: &str = "scale";
 
 #[derive(Serialize)]
 pub struct Settings {
@@ -21,6 +25,11 @@ pub struct Settings {
     pub requests: usize,
     /// Connections, each with one request in flight.
     pub in_flight: usize,
+    /// Whether the `scale` figures are wanted, with so many connections, and so long a look at idle ones.
+    pub scale: bool,
+    pub connections: usize,
+    #[serde(skip)]
+    pub idle: Duration,
     /// Further lines of the gateway's configuration.
     pub gateway: String,
     #[serde(skip)]
@@ -40,9 +49,8 @@ impl Settings {
         }
         let wanted = list("WORKLOADS");
         for name in wanted.iter().flatten() {
-            let known = WORKLOADS.iter().any(|workload| workload.name == name);
-            let names = WORKLOADS.iter().map(|workload| workload.name).collect::<Vec<_>>();
-            ensure!(known, "there is no workload {name:?}; there are {names:?}");
+            let names = WORKLOADS.iter().map(|workload| workload.name).chain([SCALE]).collect::<Vec<_>>();
+            ensure!(names.contains(&name.as_str()), "there is no workload {name:?}; there are {names:?}");
         }
         let requests = number("REQUESTS")?.unwrap_or(if quick { 200 } else { 40_000 });
         let workloads = WORKLOADS
@@ -70,6 +78,9 @@ impl Settings {
             in_flight: number("CONNECTIONS")?.unwrap_or(if quick { 8 } else { 64 }).max(1),
             gateway: var("SETTINGS").unwrap_or_default(),
             dir: var("DIR").map(PathBuf::from),
+            scale: wanted.as_ref().is_none_or(|wanted| wanted.iter().any(|name| name == SCALE)),
+            connections: if quick { 100 } else { 10_000 },
+            idle: Duration::from_secs(if quick { 1 } else { 10 }),
             write: var("WRITE").is_some_and(|text| text == "1"),
         })
     }
