@@ -100,6 +100,10 @@ fn main() -> Result<()> {
     }
     let table = table(&rows);
     println!("{table}");
+    // `cargo test --benches` only wants to know whether it works.
+    if !std::env::args().any(|argument| argument == "--bench") {
+        return Ok(());
+    }
     for Bound { workload, system_calls_max, allocations_max } in BOUNDS {
         let row = rows.iter().find(|row| row.workload.name == workload).context(workload)?;
         ensure!(

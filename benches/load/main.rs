@@ -13,7 +13,8 @@
 //!
 //! Environment, all with the prefix `ONCEGATE_BENCH_`: `WORKLOADS` and `CONTESTANTS` (names with commas between; also
 //! `oncegate-memory` and `oncegate-fjall`), `BINARY` (builds of the gateway that take part side by side instead of this
-//! one: `PATH`, named by its file name, or `NAME=PATH`, with commas between), `ROUNDS` (5), `REQUESTS` (a phase, 40,000), `CONNECTIONS` (64), `SETTINGS`
+//! one: `PATH`, named by its file name, or `NAME=PATH`, with commas between), `ROUNDS` (5 quiet ones; twice as
+//! many, or `ROUNDS_MAX`, are tried), `REQUESTS` (a phase, 40,000), `CONNECTIONS` (64), `SETTINGS`
 //! (further lines of the gateway's configuration), `DIR` (for the stores; default: that for temporary files), and
 //! `WRITE=1`, which keeps the raw run under `benches/runs`, draws its plots, and puts the table into the README.
 #![allow(
@@ -110,7 +111,6 @@ fn main() -> Result<()> {
         versions.insert("h2load".to_owned(), version);
     }
 
-    rounds::mark_disturbed(&mut bench.phases);
     let summaries = settings
         .workloads
         .iter()
@@ -134,6 +134,9 @@ fn main() -> Result<()> {
         bail!("{who}: {why}; nothing is written");
     }
     if settings.write {
+        if let Some(row) = summaries.iter().find(|row| row.quiet_rounds == 0) {
+            bail!("{} in {}: no round was quiet; nothing is written", row.contestant, row.workload);
+        }
         report::write(&run, &table, &summaries)?;
     }
     Ok(())

@@ -73,7 +73,7 @@ pub fn h2load_version() -> Result<String> {
 /// What the run was, then a row for each workload and contestant.
 pub fn table(run: &Run<'_>, workloads: &[Workload], summaries: &[Summary], took: Duration) -> String {
     let mut text = format!(
-        "{}, commit {}, {}, Linux {}; {} in flight, {} rounds, {} requests a phase (fewer where they are large or slow); {} s in all.\n",
+        "{}, commit {}, {}, Linux {}; {} in flight, at least {} rounds, {} requests a phase (fewer where they are large or slow); {} s in all.\n",
         run.date,
         run.commit,
         run.cpu,
@@ -83,9 +83,8 @@ pub fn table(run: &Run<'_>, workloads: &[Workload], summaries: &[Summary], took:
         run.settings.requests,
         took.as_secs()
     );
-    for version in run.versions.values() {
-        let _ = writeln!(text, "{version}.");
-    }
+    let versions = run.versions.values().map(String::as_str).collect::<Vec<_>>();
+    let _ = writeln!(text, "{}.", versions.join(", "));
     let [before, after] = run.commit_us;
     let _ =
         writeln!(text, "An append and its fdatasync on this disk: {before:.0} µs before the run, {after:.0} after it.");
@@ -145,7 +144,8 @@ pub fn write(run: &Run<'_>, table: &str, summaries: &[Summary]) -> Result<()> {
     let paced = || summaries.iter().filter(|row| !at_full_speed(row));
     let p50 = paced().map(|row| (format!("{}, p50", row.workload), row, &row.p50_us));
     let p99 = paced().map(|row| (format!("{}, p99", row.workload), row, &row.p99_us));
-    let latency = groups(p50.chain(p99));
+    let mut latency = groups(p50.chain(p99));
+    latency.sort_by(|a, b| a.name.cmp(&b.name));
     plot::draw(
         &runs.join("latency.svg"),
         "Latency in µs at a steady rate: median, least and most of the rounds",

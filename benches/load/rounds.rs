@@ -30,7 +30,7 @@ pub struct Phase {
     /// CPU time that others took meanwhile, the host included.
     pub foreign_ms: u64,
     pub elapsed_ms: u64,
-    /// Told only when all rounds are over.
+    /// By what all phases up to now have seen.
     pub disturbed: bool,
 }
 
@@ -84,7 +84,10 @@ impl Bench<'_> {
                 Err(error) => return self.leave_out(reference.contestant.kind, &workload, &error),
             }
         }
-        for round in 0..self.settings.rounds {
+        for round in 0..self.settings.rounds_max {
+            if entrants.iter().all(|entrant| self.quiet_rounds(&workload, entrant) >= self.settings.rounds) {
+                break;
+            }
             let mut failed = Vec::new();
             for turn in 0..entrants.len() {
                 let at = (turn + round) % entrants.len();
@@ -111,7 +114,14 @@ impl Bench<'_> {
                 }
             }
             entrants.retain(|entrant| !failed.contains(&entrant.contestant.kind));
+            mark_disturbed(&mut self.phases);
         }
+    }
+
+    fn quiet_rounds(&self, workload: &Workload, entrant: &Entrant) -> usize {
+        let name = entrant.contestant.kind.to_string();
+        let own = self.phases.iter().filter(|phase| phase.workload == workload.name && phase.contestant == name);
+        own.filter(|phase| !phase.disturbed).count()
     }
 
     fn leave_out(&mut self, kind: Kind, workload: &Workload, error: &anyhow::Error) {

@@ -20,7 +20,9 @@ pub struct Settings {
     pub gateways: Vec<Kind>,
     /// Names; `None`: nginx, haproxy and the gateway with its default engine.
     contestants: Option<Vec<String>>,
+    /// Quiet ones that are wanted of each contestant, and how many are tried for them.
     pub rounds: usize,
+    pub rounds_max: usize,
     /// Requests of a phase, before a workload takes its share of them.
     pub requests: usize,
     /// Connections, each with one request in flight.
@@ -52,6 +54,7 @@ impl Settings {
             let names = WORKLOADS.iter().map(|workload| workload.name).chain([SCALE]).collect::<Vec<_>>();
             ensure!(names.contains(&name.as_str()), "there is no workload {name:?}; there are {names:?}");
         }
+        let rounds = number("ROUNDS")?.unwrap_or(if quick { 1 } else { 5 }).max(1);
         let requests = number("REQUESTS")?.unwrap_or(if quick { 200 } else { 40_000 });
         let workloads = WORKLOADS
             .iter()
@@ -73,7 +76,8 @@ impl Settings {
             workloads,
             gateways,
             contestants,
-            rounds: number("ROUNDS")?.unwrap_or(if quick { 1 } else { 5 }).max(1),
+            rounds,
+            rounds_max: number("ROUNDS_MAX")?.unwrap_or(if quick { 1 } else { 2 * rounds }).max(rounds),
             requests: requests.max(1),
             in_flight: number("CONNECTIONS")?.unwrap_or(if quick { 8 } else { 64 }).max(1),
             gateway: var("SETTINGS").unwrap_or_default(),
