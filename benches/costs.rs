@@ -28,7 +28,7 @@ mod readme;
 #[path = "load/workloads.rs"]
 mod workloads;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use contestants::{Certificate, Contestant, Kind, Setting, first_line};
 use ends::Ends;
 use measure::Cores;
@@ -41,6 +41,7 @@ use std::fmt::Write;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use workloads::{Keys, Requests, WORKLOADS, Workload};
 
@@ -136,23 +137,36 @@ fn allocations(ends: &mut Ends, workload: &Workload, dir: &Path) -> Result<(f64,
     let file = dir.join("in-process.toml");
     fs::write(&file, gateway_config(ends.upstream(), &dir.join("in-process")))?;
     let (config, _) = config::load(Some(&file), [], &Flags::default())?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    let running = runtime.block_on(run::start(config, false))?;
-    let address = running.addresses().first().context("an address")?.to_string().parse()?;
+    let (tell, told) = std::sync::mpsc::channel();
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let gateway = std::thread::spawn(move || -> Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let running = run::start(config, false).await?;
+            tell.send(running.addresses().first().context("an address")?.to_string())?;
+            running.until(async { stopped.await.unwrap_or(()) }).await;
+            Ok(())
+        })
+    });
+    // Without an address the thread says why.
+    let Ok(address) = told.recv() else { return joined(gateway).and_then(|()| bail!("the gateway ended")) };
 
     let mut requests = Requests::new(workload);
-    let clients = ends.connect(address, 1)?;
+    let clients = ends.connect(address.parse()?, 1)?;
     warm_up(ends, &clients, &mut requests, workload)?;
     let before = HEAP.stats();
     ends.load(&clients, requests.begin(workload.keys), REQUESTS, None)?;
     let used = HEAP.stats() - before;
     ends.disconnect(clients);
 
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let _ = stop.send(());
-    runtime.block_on(running.until(async { stopped.await.unwrap_or(()) }));
+    joined(gateway)?;
     let each = |sum: usize| sum as f64 / REQUESTS as f64;
     Ok((each(used.allocations + used.reallocations), each(used.bytes_allocated)))
+}
+
+fn joined(thread: JoinHandle<Result<()>>) -> Result<()> {
+    thread.join().map_err(|_| anyhow!("the gateway panicked"))?
 }
 
 /// Opens the connection to the upstream, and makes the records that the workload wants.

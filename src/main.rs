@@ -140,7 +140,8 @@ fn run_gateway(options: Serve) -> ExitCode {
 
 fn serve(config: Config, accept_new_identity: bool) -> anyhow::Result<()> {
     // For what belongs to no connection: listening, signals, the admin address, the sweep.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
     runtime.block_on(async {
         // Before anything is bound: a signal must never meet the default action once claims exist.
         let signal = run::shutdown_signal().context("cannot listen for signals")?;

@@ -75,16 +75,7 @@ fn main() -> Result<()> {
         left_out: Vec::new(),
     };
 
-    let (mut kinds, mut versions) = (Vec::new(), BTreeMap::new());
-    for kind in PEERS.into_iter().chain(settings.gateways.clone()).filter(|kind| settings.wants(*kind)) {
-        match kind.version() {
-            Ok(version) => {
-                versions.insert(version.split(['/', ' ', ':']).next().unwrap_or_default().to_owned(), version);
-                kinds.push(kind);
-            }
-            Err(error) => bench.left_out.push(LeftOut::new(kind.to_string(), &error)),
-        }
-    }
+    let (kinds, mut versions) = installed(&mut bench);
     let h2load = report::h2load_version();
     for workload in &settings.workloads {
         match &h2load {
@@ -94,22 +85,10 @@ fn main() -> Result<()> {
             _ => bench.run(workload, &kinds),
         }
     }
-    let mut figures = Vec::new();
-    for kind in kinds.iter().filter(|_| settings.scale) {
-        if let Kind::Oncegate(gateway) = kind {
-            match scale::figures(&mut bench, gateway) {
-                Ok(more) => figures.extend(more),
-                Err(error) => {
-                    let (who, why) = (format!("{kind} in {}", settings::SCALE), format!("{error:#}"));
-                    eprintln!("{who}: {why}");
-                    bench.left_out.push(LeftOut { who, why, failed: true });
-                }
-            }
-        }
-    }
     if let Ok(version) = h2load {
         versions.insert("h2load".to_owned(), version);
     }
+    let figures = if settings.scale { scale::all(&mut bench, &kinds) } else { Vec::new() };
 
     let summaries = settings
         .workloads
@@ -134,10 +113,24 @@ fn main() -> Result<()> {
         bail!("{who}: {why}; nothing is written");
     }
     if settings.write {
-        if let Some(row) = summaries.iter().find(|row| row.quiet_rounds == 0) {
-            bail!("{} in {}: no round was quiet; nothing is written", row.contestant, row.workload);
-        }
         report::write(&run, &table, &summaries)?;
     }
     Ok(())
+}
+
+/// Who takes part, and in which versions.
+fn installed(bench: &mut Bench<'_>) -> (Vec<Kind>, BTreeMap<String, String>) {
+    let (mut kinds, mut versions) = (Vec::new(), BTreeMap::new());
+    let all = PEERS.into_iter().chain(bench.settings.gateways.iter().copied());
+    for kind in all.filter(|kind| bench.settings.wants(*kind)) {
+        match kind.version() {
+            Ok(version) => {
+                let program = version.split(['/', ' ', ':']).next().unwrap_or_default();
+                versions.insert(program.to_owned(), version.replace(" - https://haproxy.org/", ""));
+                kinds.push(kind);
+            }
+            Err(error) => bench.left_out.push(LeftOut::new(kind.to_string(), &error)),
+        }
+    }
+    (kinds, versions)
 }

@@ -7,7 +7,7 @@ use crate::rounds::{LeftOut, Phase, Spread, Summary};
 use crate::scale::Figure;
 use crate::settings::Settings;
 use crate::workloads::Workload;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -60,7 +60,7 @@ pub fn today() -> Result<String> {
     // "Tue, 24 Nov 2026 13:55:34 GMT"
     let mut fields = date.split(' ').skip(1);
     let (day, month, year) = (fields.next(), fields.next(), fields.next());
-    let (Some(day), Some(month), Some(year)) = (day, month, year) else { anyhow::bail!("{date}") };
+    let (Some(day), Some(month), Some(year)) = (day, month, year) else { bail!("{date}") };
     let months = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
     let month = months.iter().position(|name| *name == month).context("a month")? + 1;
     Ok(format!("{year}-{month:02}-{day}"))
@@ -131,6 +131,9 @@ pub fn table(run: &Run<'_>, workloads: &[Workload], summaries: &[Summary], took:
 
 /// Keeps the run under its date, draws the plots, and puts the table into the README.
 pub fn write(run: &Run<'_>, table: &str, summaries: &[Summary]) -> Result<()> {
+    if let Some(row) = summaries.iter().find(|row| row.quiet_rounds == 0) {
+        bail!("{} in {}: no round was quiet; nothing is written", row.contestant, row.workload);
+    }
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let runs = root.join("benches/runs");
     fs::create_dir_all(&runs)?;

@@ -2,7 +2,8 @@
 
 use crate::contestants::{Contestant, Gateway, Kind, Setting, command};
 use crate::measure::Tree;
-use crate::rounds::Bench;
+use crate::rounds::{Bench, LeftOut};
+use crate::settings::SCALE;
 use crate::workloads::{Keys, Requests, WORKLOADS, Workload};
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Resource, Rlimit};
@@ -32,8 +33,22 @@ const GENEROUS: &str = "server.limits.max_connections = 20000\nserver.limits.idl
                         upstream.response_timeout = \"2m\"\nidempotency.max_waiters_per_key = 20000\n\
                         idempotency.wait_timeout = \"2m\"\n";
 
-/// All figures of one gateway.
-pub fn figures(bench: &mut Bench<'_>, gateway: &'static Gateway) -> Result<Vec<Figure>> {
+/// The figures of all gateways among `kinds`.
+pub fn all(bench: &mut Bench<'_>, kinds: &[Kind]) -> Vec<Figure> {
+    let mut all = Vec::new();
+    for kind in kinds {
+        let Kind::Oncegate(gateway) = kind else { continue };
+        match figures(bench, gateway) {
+            Ok(figures) => all.extend(figures),
+            Err(error) => {
+                bench.left_out.push(LeftOut { failed: true, ..LeftOut::new(format!("{kind} in {SCALE}"), &error) })
+            }
+        }
+    }
+    all
+}
+
+fn figures(bench: &mut Bench<'_>, gateway: &'static Gateway) -> Result<Vec<Figure>> {
     let mut scale = Scale {
         dir: bench.dir.join(format!("scale-{}", gateway.name)),
         kind: Kind::Oncegate(gateway),

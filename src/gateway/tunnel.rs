@@ -354,7 +354,8 @@ mod tests {
         client_peer.write_all(b"too late").await.unwrap();
         let limits = Limits { write_timeout: Duration::from_secs(5), half_closed_timeout: Duration::from_secs(5) };
         let mut heard = Vec::new();
-        let (carried, read) = tokio::join!(carry(client, upstream, Bytes::new(), limits), client_peer.read_to_end(&mut heard));
+        let (carried, read) =
+            tokio::join!(carry(client, upstream, Bytes::new(), limits), client_peer.read_to_end(&mut heard));
         carried.unwrap();
         read.unwrap();
         assert_eq!(heard, b"bye");

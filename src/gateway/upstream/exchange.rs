@@ -241,7 +241,8 @@ impl Outgoing {
                     other => other,
                 };
                 if let Err(error) = len {
-                    let failure = if answered { Failure::Final(SendError::Broken(error)) } else { Failure::Unanswered(error) };
+                    let failure =
+                        if answered { Failure::Final(SendError::Broken(error)) } else { Failure::Unanswered(error) };
                     return Poll::Ready(Err(failure));
                 }
                 answered = true;

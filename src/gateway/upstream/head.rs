@@ -83,7 +83,8 @@ pub(super) fn take(
             continue;
         }
         let framing = framing(&response, asked)?;
-        let keep = if may_persist(&response, framing) { keep(response.headers(), idle_timeout) } else { Duration::ZERO };
+        let keep =
+            if may_persist(&response, framing) { keep(response.headers(), idle_timeout) } else { Duration::ZERO };
         return Ok(Some(Head { response, framing, keep }));
     }
 }
