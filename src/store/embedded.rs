@@ -27,7 +27,8 @@ mod state;
 mod survey;
 mod sweep;
 
-use super::index::{Index, IndexError};
+pub use super::index::Engine;
+use super::index::{self, Index, IndexError};
 use super::log::frame::MAX_VALUE;
 use super::{Entry, Health, OLDEST_TRACKED, RecordId, Status, Store, StoreError, Swap, Tag, Urgency, Value, Version};
 use bytes::Bytes;
@@ -56,6 +57,8 @@ pub enum Durability {
 #[derive(Clone, Debug)]
 pub struct Options {
     pub path: PathBuf,
+    /// Of the index. Another one than before has it rebuilt from the log.
+    pub engine: Engine,
     /// `false`: a missing store is an error, not an empty one.
     pub create: bool,
     /// With less disk space than this free, new claims are refused.
@@ -71,6 +74,8 @@ pub struct Tuning {
     pub segment_bytes_max: u64,
     /// Settled entries that go to the index at once.
     pub index_bulk: usize,
+    /// Bytes of entries that fjall gathers in memory before it writes them to a table of its own.
+    pub memtable_bytes: u64,
     /// Bytes of log that a start may have to replay, roughly.
     pub replay_bytes: u64,
     /// An index of up to so many entries is walked through before the store is open, a larger one afterwards.
@@ -85,6 +90,7 @@ impl Default for Tuning {
             segment_bytes_min: 1 << 20,
             segment_bytes_max: 64 << 20,
             index_bulk: 20_000,
+            memtable_bytes: 16 << 20,
             replay_bytes: 64 << 20,
             survey_first_max: 100_000,
             survey_threads: 2,
@@ -93,6 +99,10 @@ impl Default for Tuning {
 }
 
 impl Tuning {
+    fn index(&self) -> index::Tuning {
+        index::Tuning { memtable_bytes: self.memtable_bytes }
+    }
+
     fn segment_bytes(&self, log_bytes: u64) -> u64 {
         (log_bytes / 8).clamp(self.segment_bytes_min, self.segment_bytes_max.max(self.segment_bytes_min))
     }

@@ -28,7 +28,7 @@ pub(super) fn run(shared: &Shared) {
         if state.stopping || shared.failed().is_some() {
             return;
         }
-        if !shared.space.index_may_grow(state.waiting) {
+        if !shared.space.index_may_grow(shared.index.room_for(state.waiting)) {
             // Claims are refused meanwhile, so that what waits stays bounded by what was begun.
             shared.indexed.notify_all();
             drop(shared.wake_indexer.wait_timeout(state, CHECK_EVERY));

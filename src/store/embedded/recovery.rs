@@ -11,8 +11,7 @@ use super::space::{Space, Spare};
 use super::state::SegmentState;
 use super::{Counters, OpenError, Options, Shared, Tuning, index_dir, log_dir, replay};
 use crate::store::files;
-use crate::store::index::IndexError;
-use crate::store::index::sled::SledIndex;
+use crate::store::index::{self, Index, IndexError};
 use crate::store::log::scan::{self, FrameReader, Tail, Verified};
 use crate::store::log::segment::{HeaderFault, SEGMENT_HEADER, Segment, StoreId};
 use crate::store::log::{HEAD_FILE, Head, LogPoint, Position};
@@ -161,7 +160,7 @@ struct Log {
 }
 
 /// The index, if there is one; why it cannot be used otherwise.
-pub(super) type Opening = Result<Option<SledIndex>, IndexError>;
+pub(super) type Opening = Result<Option<Box<dyn Index>>, IndexError>;
 
 fn read_log(options: &Options, log_dir: &Path, settings: &Settings, tuning: Tuning) -> Result<Log, OpenError> {
     let head_file = log_dir.join(HEAD_FILE);
@@ -174,7 +173,7 @@ fn read_log(options: &Options, log_dir: &Path, settings: &Settings, tuning: Tuni
         Err(source) => return Err(io_error("read", &head_file)(source)),
     };
     let (segments, interrupted) = open_segments(log_dir, &head, settings.id)?;
-    let (verified, index) = verify_all(&segments, options, settings.id);
+    let (verified, index) = verify_all(&segments, options, settings.id, tuning);
     let mut verified_segments = Vec::with_capacity(segments.len());
     for (segment, verified) in segments.into_iter().zip(verified) {
         let verified = verified.map_err(io_error("read", &segment.path))?;
@@ -224,7 +223,12 @@ fn open_segments(log_dir: &Path, head: &Head, store: StoreId) -> Result<(Vec<Seg
 }
 
 /// Verifies all segments in two threads; the index is opened in a third.
-fn verify_all(segments: &[Segment], options: &Options, store: StoreId) -> (Vec<io::Result<Verified>>, Opening) {
+fn verify_all(
+    segments: &[Segment],
+    options: &Options,
+    store: StoreId,
+    tuning: Tuning,
+) -> (Vec<io::Result<Verified>>, Opening) {
     let next = AtomicUsize::new(0);
     let results: Mutex<Vec<(usize, io::Result<Verified>)>> = Mutex::new(Vec::with_capacity(segments.len()));
     let work = || {
@@ -238,7 +242,7 @@ fn verify_all(segments: &[Segment], options: &Options, store: StoreId) -> (Vec<i
     let index_path = index_dir(&options.path);
     let index = std::thread::scope(|scope| {
         let index = scope.spawn(|| match index_path.exists() {
-            true => SledIndex::open(&index_path, store).map(Some),
+            true => index::open(&index_path, options.engine, tuning.index(), store).map(Some),
             false => Ok(None),
         });
         scope.spawn(work);

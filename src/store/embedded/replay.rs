@@ -5,9 +5,8 @@ use super::recovery::{Opening, damaged, io_error};
 use super::settings::Settings;
 use super::state::{Live, SegmentState, State};
 use super::survey::Survey;
-use super::{OpenError, Options, Tuning, index_dir, indexer, log_dir};
-use crate::store::index::sled::SledIndex;
-use crate::store::index::{Checkpoint, Index, IndexError, Located};
+use super::{Engine, OpenError, Options, Tuning, index_dir, indexer, log_dir};
+use crate::store::index::{self, Checkpoint, Index, IndexError, Located};
 use crate::store::log::frame::{self, FRAME_HEADER, Kind, NEVER};
 use crate::store::log::scan::{FrameReader, Scanned};
 use crate::store::log::segment::SEGMENT_HEADER;
@@ -36,7 +35,7 @@ pub(super) fn index_and_state(
     if path.exists() || end.frame > 1 {
         tracing::warn!(index = %path.display(), reason = why, "rebuilding the index from the log");
     }
-    rebuild(tuning, settings, head, std::mem::take(segments), end, &path)
+    rebuild(options.engine, tuning, settings, head, std::mem::take(segments), end, &path)
 }
 
 type Usable = (Box<dyn Index>, State, Survey);
@@ -75,8 +74,8 @@ fn use_index(
             let survey = Survey::begin(&mut state, index.is_certain());
             // A walk through a large index would take too long now.
             let later = index.entries() > tuning.survey_first_max;
-            match if later { Ok(()) } else { survey.complete(&index, &mut state) } {
-                Ok(()) => return Ok(Ok((Box::new(index), state, survey))),
+            match if later { Ok(()) } else { survey.complete(&*index, &mut state) } {
+                Ok(()) => return Ok(Ok((index, state, survey))),
                 Err(error) => error.to_string(),
             }
         }
@@ -91,6 +90,7 @@ fn log_start(head: &Head) -> Position {
 
 /// Builds a new index from the whole log.
 fn rebuild(
+    engine: Engine,
     tuning: Tuning,
     settings: &Settings,
     head: Head,
@@ -104,7 +104,7 @@ fn rebuild(
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         other => other.map_err(io_error("delete", path))?,
     }
-    let index = SledIndex::open(path, settings.id).map_err(no_index)?;
+    let index = index::create(path, engine, tuning.index(), settings.id).map_err(no_index)?;
     let begin = LogPoint { position: start, frame: head.first_frame };
     index.apply(&[], Checkpoint { replay_from: start, applied_to: begin }).map_err(no_index)?;
     let mut state = State::with(segments, end);
@@ -120,8 +120,8 @@ fn rebuild(
     })?;
     state.end = end;
     let survey = Survey::begin(&mut state, index.is_certain());
-    survey.complete(&index, &mut state).map_err(no_index)?;
-    Ok((Box::new(index), state, survey))
+    survey.complete(&*index, &mut state).map_err(no_index)?;
+    Ok((index, state, survey))
 }
 
 type Progress<'a> = dyn FnMut(&mut State, LogPoint) -> Result<(), OpenError> + 'a;
