@@ -493,7 +493,13 @@ async fn any_store_delegates() {
     let dir = tempfile::tempdir().unwrap();
     let embedded = |engine: Engine| {
         let path = dir.path().join(format!("{engine:?}"));
-        StoreOptions::Embedded(Options { path, engine, create: true, min_free_bytes: 0, durability: Durability::Strict })
+        StoreOptions::Embedded(Options {
+            path,
+            engine,
+            create: true,
+            min_free_bytes: 0,
+            durability: Durability::Strict,
+        })
     };
     for options in [StoreOptions::Memory, embedded(Engine::Sled), embedded(Engine::Fjall)] {
         let store = AnyStore::open(&options).unwrap();

@@ -4,14 +4,16 @@
 
 use oncegate::store::embedded::Engine;
 
+#[path = "store_recovery"]
 mod with_sled {
     const ENGINE: super::Engine = super::Engine::Sled;
-    #[path = "../store_recovery/suite.rs"]
+    #[path = "suite.rs"]
     mod suite;
 }
 
+#[path = "store_recovery"]
 mod with_fjall {
     const ENGINE: super::Engine = super::Engine::Fjall;
-    #[path = "../store_recovery/suite.rs"]
+    #[path = "suite.rs"]
     mod suite;
 }

@@ -261,7 +261,9 @@ fn store_section(node: Option<Node>, errors: &mut Errors) -> store::Options {
         ("postgres", Engine::NotBuilt),
     ];
     let engine = section.read("engine", |value| match choice(&engines)(value)? {
-        Engine::NotBuilt => Err("this engine is not built yet in this version; use \"sled\", \"fjall\" or \"memory\"".to_owned()),
+        Engine::NotBuilt => {
+            Err("this engine is not built yet in this version; use \"sled\", \"fjall\" or \"memory\"".to_owned())
+        }
         engine => Ok(engine),
     });
     let path = section.read("path", file);
@@ -283,12 +285,12 @@ fn store_section(node: Option<Node>, errors: &mut Errors) -> store::Options {
         Engine::NotBuilt => Sled,
     };
     store::Options::Embedded(store::embedded::Options {
-            engine,
-            path: path.unwrap_or_else(|| PathBuf::from("data")),
-            create,
-            min_free_bytes,
-            durability,
-        })
+        engine,
+        path: path.unwrap_or_else(|| PathBuf::from("data")),
+        create,
+        min_free_bytes,
+        durability,
+    })
 }
 
 /// Also says where its address was written.

@@ -60,7 +60,12 @@ pub(crate) fn open(path: &Path, engine: Engine, tuning: Tuning, store: StoreId) 
 ///
 /// # Errors
 /// If the engine cannot, or its files cannot be written or synced.
-pub(crate) fn create(path: &Path, engine: Engine, tuning: Tuning, store: StoreId) -> Result<Box<dyn Index>, IndexError> {
+pub(crate) fn create(
+    path: &Path,
+    engine: Engine,
+    tuning: Tuning,
+    store: StoreId,
+) -> Result<Box<dyn Index>, IndexError> {
     files::create_dir(path)
         .and_then(|()| files::replace(path, ENGINE, engine.name().as_bytes()))
         .map_err(|error| IndexError(error.to_string()))?;

@@ -497,7 +497,9 @@ fn the_index_is_rebuilt_whatever_has_become_of_it() {
         // Where something stands: files may be created longer than what is in them.
         let struck: Vec<_> = files(&index)
             .into_iter()
-            .filter_map(|file| Some((std::fs::read(&file).unwrap().iter().rposition(|&byte| byte != 0)? as u64 + 1, file)))
+            .filter_map(|file| {
+                Some((std::fs::read(&file).unwrap().iter().rposition(|&byte| byte != 0)? as u64 + 1, file))
+            })
             .filter(|(_, file)| ENGINE == Engine::Fjall || file.ends_with("db"))
             .collect();
         let (len, file) = &struck[round % struck.len()];
