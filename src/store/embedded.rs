@@ -216,13 +216,15 @@ impl Shared {
         }
     }
 
-    /// Wakes the indexer if there is enough to do; waits for it if there is far too much.
+    /// Wakes the indexer if there is enough to do; waits for it if there is far too much, unless the store is being
+    /// closed: then the indexer may wait for a walk through the index that has been given up.
     fn hand_to_indexer(&self, mut state: MutexGuard<'_, State>) {
         if state.waiting >= self.tuning.index_bulk || state.waiting_bytes >= self.tuning.replay_bytes {
             self.wake_indexer.notify_one();
         }
         let too_many = self.tuning.index_bulk.saturating_mul(10);
-        while state.waiting >= too_many && self.failed.get().is_none() && !self.space.index_waits() {
+        let goes_on = || self.failed.get().is_none() && !self.closing.load(Ordering::Acquire);
+        while state.waiting >= too_many && goes_on() && !self.space.index_waits() {
             state = self.indexed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -306,6 +308,9 @@ impl Embedded {
         if let Some(queue) = self.queue.lock().unwrap_or_else(PoisonError::into_inner).take() {
             // Others may hold senders for long; if the queue is full, the committer is awake anyway.
             self.shared.closing.store(true, Ordering::Release);
+            // Under the lock, lest the committer begins to wait between its look and this call.
+            drop(self.shared.state());
+            self.shared.indexed.notify_all();
             let _ = queue.try_send(Op::Stop);
         }
         // The committer first: it may wait for the indexer.

@@ -649,6 +649,62 @@ fn a_large_index_is_walked_through_while_the_store_serves() {
     }
 }
 
+/// The committer waits for the indexer, and that for the walk through the index: closing must end all three.
+#[test]
+fn a_store_is_closed_before_its_index_has_been_walked_through() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data");
+    let mut held = filled(&path, 50);
+    // Without threads the walk never ends.
+    let store = std::sync::Arc::new(open_at_once(&path, 0));
+    runtime().block_on(async {
+        let tasks: Vec<_> = (1000..1400)
+            .map(|n| {
+                let store = store.clone();
+                tokio::spawn(async move {
+                    let claim = value(CLAIMED, None, "claim");
+                    let swap = store.compare_and_swap(id(n), None, Some(claim), 4000, Urgency::Claim).await;
+                    let Ok(Swap::Done(version)) = swap else { return None };
+                    let settled = value(COMPLETED, Some(FAR), "settled");
+                    let swap =
+                        store.compare_and_swap(id(n), Some(version), Some(settled.clone()), 4000, Urgency::Settle);
+                    let Ok(Swap::Done(version)) = swap.await else { return None };
+                    Some((n, Entry { version, value: settled }))
+                })
+            })
+            .collect();
+        // It has stopped taking operations.
+        let mut stuck = 0;
+        while stuck < 20 {
+            stuck = if store.status().queue_len > 0 { stuck + 1 } else { 0 };
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let closed = tokio::time::timeout(
+            Duration::from_secs(20),
+            tokio::task::spawn_blocking({
+                let store = store.clone();
+                move || store.close()
+            }),
+        );
+        closed.await.expect("it can be closed").unwrap();
+        let mut done = 0;
+        for task in tasks {
+            if let Some((n, entry)) = task.await.unwrap() {
+                held.insert(n, entry);
+                done += 1;
+            }
+        }
+        assert!(done >= 100, "{done}");
+    });
+    drop(store);
+    let store = open(&path);
+    runtime().block_on(async {
+        for (n, entry) in &held {
+            assert_eq!(store.get(id(*n)).await.unwrap().as_ref(), Some(entry), "record {n}");
+        }
+    });
+}
+
 #[test]
 fn a_log_set_back_behind_its_index_is_refused() {
     let dir = tempfile::tempdir().unwrap();
