@@ -93,13 +93,20 @@ impl FjallIndex {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs a call into fjall; a panic in it is an error like others.
+    /// Runs a call into fjall; a panic in it is an error like others. After any of them the next start makes the index
+    /// anew: damage in what no walk reads, such as filters, shows only in a look-up, or in the death of a thread that merges.
     fn guarded<T>(&self, call: impl FnOnce(&Open) -> Result<T, fjall::Error>) -> Result<T, IndexError> {
         let Some(open) = &self.open else { return Err(IndexError("it is closed".to_owned())) };
-        match catch_unwind(AssertUnwindSafe(|| call(open))) {
+        let result = match catch_unwind(AssertUnwindSafe(|| call(open))) {
             Ok(result) => result.map_err(|error| IndexError(error.to_string())),
             Err(_) => Err(IndexError("fjall panicked".to_owned())),
+        };
+        if result.is_err()
+            && let Err(error) = self.condemn()
+        {
+            tracing::error!(index = %self.path.display(), %error, "delete the index before the next start");
         }
+        result
     }
 }
 
