@@ -516,7 +516,7 @@ fn the_index_is_rebuilt_whatever_has_become_of_it() {
         if let Err(doubtful) = runtime().block_on(go_on(&store, first, &mut held)) {
             // Damage where no look-up and no walk comes by, but fjall's merging does. It is gone with the next start.
             assert_eq!(ENGINE, Engine::Fjall);
-            assert_eq!(store.status().health, Health::Failed);
+            assert!(index.join("condemned").exists());
             drop(store);
             store = open(&path);
             match runtime().block_on(store.get(id(doubtful))).unwrap() {
