@@ -27,10 +27,12 @@
 //! - [`server`]: listeners, TLS, connections, their limits, the drain.
 //! - [`admin`], [`telemetry`]: liveness, readiness, metrics, logs.
 //! - [`config`]: the configuration file, the environment and the flags, resolved into each module's own options.
+//! - [`pem`]: certificates and keys from files, for TLS on both sides.
 //! - [`run`]: wires it all together. [`clock`]: the one place that reads the system's clocks.
 //!
 //! Who may import whom is checked by `tests/tidy.rs`: `main`, `run` → everything; server → gateway → ledger →
-//! {idempotency, store}; admin → telemetry, server's addresses; idempotency → nothing of ours; store → nothing of ours.
+//! {idempotency, store}; server, gateway → pem; admin → telemetry, server's addresses; idempotency, store, pem → nothing of
+//! ours.
 //!
 //! # Invariants
 //!
@@ -54,6 +56,7 @@ mod fault;
 pub mod gateway;
 pub mod idempotency;
 pub mod ledger;
+pub mod pem;
 pub mod run;
 pub mod server;
 pub mod store;

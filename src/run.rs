@@ -10,7 +10,7 @@ use crate::gateway::{Gateway, GatewayLedger};
 use crate::idempotency::Millis;
 use crate::ledger::{Ledger, tags};
 use crate::server::inherit::{InheritError, Inherited};
-use crate::server::tls::{LoadError, Tls};
+use crate::server::tls::Tls;
 use crate::server::{Address, BindError, Listener, Server};
 use crate::store::{self, AnyStore, Health, OpenError, Store, StoreError};
 use crate::telemetry::{Metrics, Reading};
@@ -30,8 +30,6 @@ pub enum StartError {
     Bind(#[from] BindError),
     #[error(transparent)]
     Inherit(#[from] InheritError),
-    #[error("server.tls.{}: {}", .0.key, .0)]
-    Tls(LoadError),
     #[error(
         "the configuration would give existing keys other ids, and every retry would be executed again:\n  {}\n\
          Undo the change, or start once with --accept-new-identity if no client retries across it.",
@@ -48,7 +46,7 @@ impl StartError {
     /// 2 for what the configuration says, 1 for everything else.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
-        if matches!(self, Self::Identity(_) | Self::Tls(_)) { 2 } else { 1 }
+        if matches!(self, Self::Identity(_)) { 2 } else { 1 }
     }
 }
 
@@ -70,7 +68,6 @@ pub struct Running {
 /// # Errors
 /// See [`StartError`]; nothing is left running then.
 pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running, StartError> {
-    let tls = config.server.tls.clone().map(Tls::new).transpose().map_err(StartError::Tls)?.map(Arc::new);
     let store = AnyStore::open(&config.store)?;
     warn_of_new_store(&store, &config.store);
     let secret = secret(&store)?;
@@ -91,6 +88,7 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
     let addresses = listeners.iter().map(Listener::address).collect::<Vec<_>>();
 
     let gateway = Gateway::new(config.gateway, ledger.clone(), secret, metrics.clone());
+    let tls = config.server.tls;
     let server = Server::new(Arc::clone(&gateway), config.server.limits, tls.clone(), metrics.clone());
     let read = reader(&ledger, &gateway);
     let admin = Admin::new(metrics.registry(read.clone()), read);
@@ -129,14 +127,16 @@ impl Running {
             while reload.recv().await.is_some() {
                 let (tls, upstream) = (tls.clone(), Arc::clone(&upstream));
                 let read = move || {
-                    if let Some(tls) = tls {
+                    if let Some(tls) = &tls {
                         tls.reload();
                     }
                     match upstream.reload_tls() {
                         Ok(true) => tracing::info!("the files of upstream.tls were read again"),
-                        Ok(false) => {}
+                        Ok(false) if tls.is_some() => {}
+                        Ok(false) => tracing::info!("SIGHUP: there is no [server.tls] or [upstream.tls] to read again"),
                         Err(errors) => errors.iter().for_each(|error| {
-                            tracing::error!(%error, "the files of upstream.tls stay as they were");
+                            let key = format!("upstream.tls.{}", error.key);
+                            tracing::error!(key, %error, "the files of upstream.tls stay as they were");
                         }),
                     }
                 };

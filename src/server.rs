@@ -9,9 +9,10 @@ pub mod tls;
 
 use crate::gateway::Gateway;
 use crate::gateway::problem::{Code, Problem};
+use crate::gateway::tunnel::KEEPALIVE;
 use crate::telemetry::Metrics;
 use connection::Setting;
-use socket2::{SockRef, TcpKeepalive};
+use socket2::SockRef;
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -53,7 +54,7 @@ pub struct Options {
     pub drain_timeout: Duration,
     pub limits: Limits,
     /// Of all TCP addresses; `None`: plain.
-    pub tls: Option<tls::Options>,
+    pub tls: Option<Arc<Tls>>,
 }
 
 #[derive(Clone, Debug)]
@@ -141,16 +142,13 @@ pub(crate) type Stream = Either<TcpStream, UnixStream>;
 
 const BACKLOG: u32 = 1024;
 
-const KEEPALIVE: TcpKeepalive =
-    TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(15));
-
 async fn bind_tcp(name: &str) -> io::Result<TcpListener> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in tokio::net::lookup_host(name).await? {
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
         let bound = socket.and_then(|socket| {
             socket.set_reuseaddr(true)?;
-            // Accepted connections inherit it: tunnels may be silent for long, and must not outlive a peer that is gone.
+            // Accepted connections inherit it.
             SockRef::from(&socket).set_tcp_keepalive(&KEEPALIVE)?;
             socket.bind(address)?;
             socket.listen(BACKLOG)
@@ -305,4 +303,19 @@ async fn refuse(mut stream: Stream) {
         io::Result::Ok(())
     };
     let _ = tokio::time::timeout(Duration::from_secs(1), say).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn accepted_connections_do_not_outlive_a_peer_that_is_gone() {
+        let listener = Listener::bind(&Address::Tcp("127.0.0.1:0".to_owned())).await.unwrap();
+        let _client = TcpStream::connect(listener.address().to_string()).await.unwrap();
+        let (accepted, _) = listener.accept().await.unwrap();
+        let Stream::Left(accepted) = accepted else { panic!("it is a TCP connection") };
+        assert!(SockRef::from(&accepted).keepalive().unwrap());
+        assert!(accepted.nodelay().unwrap());
+    }
 }

@@ -127,7 +127,7 @@ fn slow_clients_hinder_nobody_and_are_gone_after_their_limits() {
     let clear = files.path("socket");
     let settings = format!(
         "{}server.limits.header_timeout = \"{seconds}s\"\nserver.limits.body_timeout = \"{seconds}s\"\n\
-         server.limits.write_timeout = \"{seconds}s\"\nserver.limits.idle_timeout = \"{seconds}s\"\n",
+         cache.max_bytes = \"1MiB\"\nserver.limits.write_timeout = \"{seconds}s\"\nserver.limits.idle_timeout = \"{seconds}s\"\n",
         files.settings()
     );
     let listen = format!("[\"127.0.0.1:0\", \"unix:{}\"]", clear.display());

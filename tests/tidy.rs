@@ -8,21 +8,25 @@ use std::path::{Path, PathBuf};
 /// The modules of this crate, and which others each may name. What is not written here may name none.
 const IMPORTS: &[(&str, &[&str])] = &[
     // Declares the modules, and links to them in its documentation.
-    ("lib", &["admin", "clock", "config", "gateway", "idempotency", "ledger", "run", "server", "store", "telemetry"]),
+    (
+        "lib",
+        &["admin", "clock", "config", "gateway", "idempotency", "ledger", "pem", "run", "server", "store", "telemetry"],
+    ),
     ("main", &["config", "idempotency", "run", "telemetry"]),
     // Wires all of them together.
     ("run", &["admin", "clock", "config", "gateway", "idempotency", "ledger", "server", "store", "telemetry"]),
     ("fault", &[]),
     // Resolves the raw configuration into everybody's options.
-    ("config", &["admin", "gateway", "idempotency", "ledger", "server", "store", "telemetry"]),
-    ("server", &["gateway", "telemetry", "clock"]),
-    ("gateway", &["fault", "ledger", "idempotency", "telemetry"]),
+    ("config", &["admin", "gateway", "idempotency", "ledger", "pem", "server", "store", "telemetry"]),
+    ("server", &["gateway", "pem", "telemetry", "clock"]),
+    ("gateway", &["fault", "ledger", "idempotency", "pem", "telemetry"]),
     ("ledger", &["idempotency", "store", "telemetry", "clock"]),
     ("admin", &["ledger", "telemetry", "server"]),
     ("telemetry", &[]),
     ("clock", &["idempotency"]),
     ("idempotency", &[]),
     ("store", &[]),
+    ("pem", &[]),
 ];
 
 /// Single names of another module that a module may use beside [`IMPORTS`], each with the reason.

@@ -5,12 +5,15 @@ use super::reader::{At, Errors, Node, Section, Value, boolean, choice, count, du
 use super::routes::{self, Absent};
 use super::upstream;
 use crate::gateway::{self, tunnel};
-use crate::server::{Address, Limits, tls};
+use crate::pem::FileError;
+use crate::server::tls::{self, Tls};
+use crate::server::{Address, Limits};
 use crate::store::embedded::Durability;
 use crate::{admin, ledger, server, store};
 use ipnet::IpNet;
 use std::net::{IpAddr, SocketAddrV6};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 pub(super) const ZERO: Duration = Duration::ZERO;
@@ -121,7 +124,7 @@ fn server_section(node: Option<Node>, errors: &mut Errors) -> (server::Options, 
     let before = section.errors.count();
     let tls_node = section.take("tls");
     let tls = tls_node.and_then(|node| tls_section(node, section.errors));
-    let has_certs = tls.as_ref().is_some_and(|tls| tls.client_ca.is_some())
+    let has_certs = tls.as_ref().is_some_and(|tls| tls.asks_for_certificates())
         && listen.iter().any(|address| matches!(address, Address::Tcp(_)));
     let no_client_certs = !has_certs && section.errors.count() == before;
     section.not_built("cors");
@@ -162,7 +165,7 @@ fn server_section(node: Option<Node>, errors: &mut Errors) -> (server::Options, 
 }
 
 /// Reads the files, too: what is wrong with them is wrong with the configuration.
-fn tls_section(node: Node, errors: &mut Errors) -> Option<tls::Options> {
+fn tls_section(node: Node, errors: &mut Errors) -> Option<Arc<Tls>> {
     let at = node.at.clone();
     let mut section = Section::new("server.tls", Some(node), errors);
     let before = section.errors.count();
@@ -175,16 +178,19 @@ fn tls_section(node: Node, errors: &mut Errors) -> Option<tls::Options> {
         }
     }
     let sound = section.errors.count() == before;
-    let options = cert.zip(key).map(|(cert, key)| tls::Options { cert, key, client_ca });
-    if sound && let Some(Err(error)) = options.as_ref().map(tls::Options::load) {
-        let place = key_at.iter().find(|(key, _)| *key == error.key).map_or(&at, |(_, at)| at);
-        section.add(place, error.key, &error.to_string());
-    }
+    let options = cert.zip(key).filter(|_| sound).map(|(cert, key)| tls::Options { cert, key, client_ca });
+    let tls = options.and_then(|options| {
+        let failed = |error: &FileError| {
+            let place = key_at.iter().find(|(key, _)| *key == error.key).map_or(&at, |(_, at)| at);
+            section.add(place, error.key, &error.to_string());
+        };
+        Tls::load(options).inspect_err(failed).ok()
+    });
     section.finish();
-    options
+    tls.map(Arc::new)
 }
 
-fn file(value: &Value) -> Result<PathBuf, String> {
+pub(super) fn file(value: &Value) -> Result<PathBuf, String> {
     match string(value)?.as_str() {
         "" => Err("must not be empty".to_owned()),
         path => Ok(PathBuf::from(path)),

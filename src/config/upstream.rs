@@ -1,7 +1,7 @@
 //! `[upstream]` and `[upstream.tls]`.
 
 use super::reader::{At, Errors, Node, Section, Value, count, duration, string};
-use super::sections::{COUNT_MAX, TICK, ZERO, is_host, port, seconds};
+use super::sections::{COUNT_MAX, TICK, ZERO, file, is_host, port, seconds};
 use crate::gateway::upstream::tls::Connector;
 use crate::gateway::upstream::{self, Endpoint, HostPolicy};
 use http::HeaderValue;
@@ -46,10 +46,6 @@ pub(super) fn resolve(node: Option<Node>, errors: &mut Errors) -> Option<upstrea
 /// `[upstream.tls]`. Its files are read here, so that a broken one is found with all other errors.
 fn tls(node: Option<Node>, at: &At, url: Option<&Url>, errors: &mut Errors) -> Option<Arc<Connector>> {
     let mut section = Section::new("upstream.tls", node, errors);
-    let file = |value: &Value| match string(value)?.as_str() {
-        "" => Err("must not be empty".to_owned()),
-        path => Ok(PathBuf::from(path)),
-    };
     let places = ["ca", "cert", "key"].map(|key| (key, section.at(key)));
     let place = |key: &str| places.iter().find(|(name, _)| *name == key).map_or(at, |(_, place)| place);
     let before = section.errors.count();

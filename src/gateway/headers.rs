@@ -104,12 +104,17 @@ pub fn declared_length(headers: &HeaderMap) -> Option<u64> {
 /// all that was asked for, and no length but one number.
 #[must_use]
 pub fn is_soundly_framed(headers: &HeaderMap) -> bool {
-    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
-    match (codings.next(), codings.next()) {
-        (None, _) => !headers.contains_key(CONTENT_LENGTH) || the_length(headers).is_some(),
-        (Some(coding), None) => coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked"),
-        (Some(_), Some(_)) => false,
+    match headers.contains_key(TRANSFER_ENCODING) {
+        true => is_only_chunked(headers),
+        false => !headers.contains_key(CONTENT_LENGTH) || the_length(headers).is_some(),
     }
+}
+
+/// Whether the transfer coding is one "chunked" on one line, the only one that all understand alike.
+fn is_only_chunked(headers: &HeaderMap) -> bool {
+    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    let chunked = codings.next().is_some_and(|coding| coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked"));
+    chunked && codings.next().is_none()
 }
 
 /// Whether an authority is a host with an optional port, and nothing else (RFC 9110 §7.2, RFC 3986 §3.2.3).
@@ -133,17 +138,9 @@ pub fn check<B>(request: &mut Request<B>, default_host: &HeaderValue) -> Result<
     if request.method() == Method::CONNECT {
         return Err(bad("CONNECT is not supported: this is a reverse proxy."));
     }
-    // RFC 9112 §3.2.4.
-    if request.uri().path() == "*" && request.method() != Method::OPTIONS {
-        return Err(bad("The target \"*\" is for OPTIONS alone."));
-    }
-    let codings = request.headers().get_all(TRANSFER_ENCODING);
-    let mut codings = codings.iter();
-    if let Some(coding) = codings.next() {
-        let chunked = coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked");
-        if !chunked || codings.next().is_some() || request.version() < Version::HTTP_11 {
-            return Err(bad("The only transfer coding understood is one \"chunked\", in HTTP/1.1."));
-        }
+    let coded = request.headers().contains_key(TRANSFER_ENCODING);
+    if coded && (!is_only_chunked(request.headers()) || request.version() < Version::HTTP_11) {
+        return Err(bad("The only transfer coding understood is one \"chunked\", in HTTP/1.1."));
     }
     let mut hosts = request.headers().get_all(HOST).iter();
     let host = hosts.next().cloned();
@@ -183,7 +180,7 @@ pub fn check<B>(request: &mut Request<B>, default_host: &HeaderValue) -> Result<
     // RFC 9112 §3.2, RFC 9113 §8.3.1. Where a slash is missing, the library would write it after the route was looked for.
     let path = request.uri().path();
     if !(path.starts_with('/') || path == "*" && request.method() == Method::OPTIONS) {
-        return Err(bad("The target must begin with a slash."));
+        return Err(bad("The target must begin with a slash; only that of OPTIONS may be \"*\"."));
     }
     Ok(())
 }

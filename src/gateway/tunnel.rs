@@ -11,6 +11,7 @@ use http::{HeaderMap, HeaderValue, Request, Response, Version};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
+use socket2::TcpKeepalive;
 use std::future::poll_fn;
 use std::io;
 use std::mem::MaybeUninit;
@@ -31,6 +32,10 @@ pub struct Limits {
     /// How long a tunnel may be silent that one side has closed already.
     pub half_closed_timeout: Duration,
 }
+
+/// Of the sockets at both ends: a tunnel may be silent for long, and must not outlive a peer that is gone without a word.
+pub const KEEPALIVE: TcpKeepalive =
+    TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(15));
 
 /// An upgrade that a client offers.
 pub(super) struct Offer {

@@ -6,6 +6,7 @@ pub mod tls;
 use super::body::ForwardBody;
 use super::headers::{is_soundly_framed, keep_alive_seconds};
 use super::reply::BodyError;
+use crate::pem::FileError;
 use crate::telemetry::Metrics;
 use bytes::Bytes;
 use connect::Link;
@@ -100,7 +101,7 @@ impl Upstream {
     ///
     /// # Errors
     /// All files that cannot be used; then everything stays as it was.
-    pub fn reload_tls(&self) -> Result<bool, Vec<tls::FileError>> {
+    pub fn reload_tls(&self) -> Result<bool, Vec<FileError>> {
         self.options.tls.as_ref().map_or(Ok(false), |tls| tls.reload().map(|()| true))
     }
 
@@ -111,7 +112,7 @@ impl Upstream {
 
     /// Sends a request and waits for the head of its response. It is sent again, on another connection, only when that
     /// cannot be a second execution: the HTTP library hands it back, which it does only if not a byte of it was written; or
-    /// it is [`repeatable`] and its pooled connection was closed without a byte of an answer.
+    /// it is safe, without a body, and its pooled connection was closed without a byte of an answer.
     ///
     /// # Errors
     /// See [`SendError`].

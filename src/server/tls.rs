@@ -1,13 +1,13 @@
 //! TLS towards clients: certificate, key and the authority of client certificates, loaded and loaded again.
 
 use crate::gateway::client_cert::ClientCert;
+use crate::pem::{FileError, Named};
+use rustls::ServerConfig;
 use rustls::crypto::aws_lc_rs;
-use rustls::pki_types::pem::{self, PemObject};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{RootCertStore, ServerConfig};
+use std::fmt;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsAcceptor;
@@ -23,16 +23,7 @@ pub struct Options {
     pub client_ca: Option<PathBuf>,
 }
 
-/// A file does not serve its purpose.
-#[derive(Clone, Debug, thiserror::Error)]
-#[error("{}: {reason}", file.display())]
-pub struct LoadError {
-    /// The key of `[server.tls]` that names it.
-    pub key: &'static str,
-    pub file: PathBuf,
-    pub reason: String,
-}
-
+const NO_CERTIFICATE: &str = "holds no certificate in PEM form";
 const HTTP2: &[u8] = b"h2";
 const HTTP1: &[u8] = b"http/1.1";
 
@@ -41,80 +32,46 @@ impl Options {
     ///
     /// # Errors
     /// The first file that is wrong, and why.
-    pub fn load(&self) -> Result<Arc<ServerConfig>, LoadError> {
+    fn load(&self) -> Result<Arc<ServerConfig>, FileError> {
         let provider = Arc::new(aws_lc_rs::default_provider());
-        let chain = certificates("cert", &self.cert)?;
-        let key_error = |reason: String| LoadError { key: "key", file: self.key.clone(), reason };
-        let key = PrivateKeyDer::from_pem_slice(&read("key", &self.key)?).map_err(|error| {
-            key_error(match error {
-                pem::Error::NoItemsFound => "holds no unencrypted private key in PEM form".to_owned(),
-                error => format!("is no PEM file: {error}"),
-            })
-        })?;
+        let (cert, key) = (Named("cert", &self.cert), Named("key", &self.key));
+        let chain = cert.certificates(NO_CERTIFICATE)?;
+        let private_key = key.private_key("holds no unencrypted private key in PEM form")?;
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
-            .map_err(|error| key_error(error.to_string()))?;
+            .map_err(|error| key.error(&error.to_string()))?;
         let builder = match &self.client_ca {
             None => builder.with_no_client_auth(),
             Some(file) => {
-                let verifier = WebPkiClientVerifier::builder_with_provider(roots(file)?, provider).build();
-                let wrong = |error: rustls::server::VerifierBuilderError| error.to_string();
-                builder.with_client_cert_verifier(verifier.map_err(|error| LoadError {
-                    key: "client_ca",
-                    file: file.clone(),
-                    reason: wrong(error),
-                })?)
+                let authorities = Named("client_ca", file);
+                let roots = Arc::new(authorities.roots(NO_CERTIFICATE)?);
+                let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider).build();
+                builder.with_client_cert_verifier(verifier.map_err(|error| authorities.error(&error.to_string()))?)
             }
         };
-        let mut config = builder.with_single_cert(chain, key).map_err(|error| match error {
+        let mut config = builder.with_single_cert(chain, private_key).map_err(|error| match error {
             rustls::Error::InconsistentKeys(_) => {
-                key_error(format!("does not belong to the certificate in {}", self.cert.display()))
+                key.error(&format!("does not belong to the certificate in {}", self.cert.display()))
             }
-            rustls::Error::InvalidCertificate(why) => {
-                LoadError { key: "cert", file: self.cert.clone(), reason: format!("its certificate is invalid: {why}") }
-            }
-            error => key_error(error.to_string()),
+            rustls::Error::InvalidCertificate(why) => cert.error(&format!("its certificate is invalid: {why}")),
+            error => key.error(&error.to_string()),
         })?;
         config.alpn_protocols = vec![HTTP2.to_vec(), HTTP1.to_vec()];
         Ok(Arc::new(config))
     }
 }
 
-fn read(key: &'static str, file: &Path) -> Result<Vec<u8>, LoadError> {
-    std::fs::read(file).map_err(|error| LoadError {
-        key,
-        file: file.to_owned(),
-        reason: format!("cannot be read: {error}"),
-    })
-}
-
-/// All certificates of a file, of which there must be one.
-fn certificates(key: &'static str, file: &Path) -> Result<Vec<CertificateDer<'static>>, LoadError> {
-    let wrong = |reason: String| LoadError { key, file: file.to_owned(), reason };
-    let certificates = CertificateDer::pem_slice_iter(&read(key, file)?).collect::<Result<Vec<_>, _>>();
-    let certificates = certificates.map_err(|error| wrong(format!("is no PEM file: {error}")))?;
-    if certificates.is_empty() {
-        return Err(wrong("holds no certificate in PEM form".to_owned()));
-    }
-    Ok(certificates)
-}
-
-fn roots(file: &Path) -> Result<Arc<RootCertStore>, LoadError> {
-    let mut roots = RootCertStore::empty();
-    for certificate in certificates("client_ca", file)? {
-        roots.add(certificate).map_err(|error| LoadError {
-            key: "client_ca",
-            file: file.to_owned(),
-            reason: format!("one of its certificates is invalid: {error}"),
-        })?;
-    }
-    Ok(Arc::new(roots))
-}
-
 /// What new connections are secured with.
 pub struct Tls {
     options: Options,
     current: RwLock<Arc<ServerConfig>>,
+}
+
+/// Says where the key is, not what.
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.options.fmt(f)
+    }
 }
 
 /// A connection after its handshake.
@@ -126,11 +83,19 @@ pub(super) struct Secured<S> {
 }
 
 impl Tls {
+    /// Reads the files and checks that they belong together.
+    ///
     /// # Errors
-    /// See [`Options::load`].
-    pub fn new(options: Options) -> Result<Self, LoadError> {
+    /// The first file that is wrong, and why.
+    pub fn load(options: Options) -> Result<Self, FileError> {
         let current = RwLock::new(options.load()?);
         Ok(Self { options, current })
+    }
+
+    /// Whether clients must show a certificate.
+    #[must_use]
+    pub fn asks_for_certificates(&self) -> bool {
+        self.options.client_ca.is_some()
     }
 
     /// Reads the files again, for new connections. What is wrong with them is logged, and changes nothing.

@@ -216,15 +216,15 @@ impl Shared {
         }
     }
 
-    /// Wakes the indexer if there is enough to do; waits for it if there is far too much, unless the store is being
-    /// closed: then the indexer may wait for a walk through the index that has been given up.
+    /// Wakes the indexer if there is enough to do; waits for it if there is far too much.
     fn hand_to_indexer(&self, mut state: MutexGuard<'_, State>) {
         if state.waiting >= self.tuning.index_bulk || state.waiting_bytes >= self.tuning.replay_bytes {
             self.wake_indexer.notify_one();
         }
         let too_many = self.tuning.index_bulk.saturating_mul(10);
-        let goes_on = || self.failed.get().is_none() && !self.closing.load(Ordering::Acquire);
-        while state.waiting >= too_many && goes_on() && !self.space.index_waits() {
+        let waits =
+            || self.failed.get().is_none() && !self.space.index_waits() && !self.closing.load(Ordering::Acquire);
+        while state.waiting >= too_many && waits() {
             state = self.indexed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -308,7 +308,7 @@ impl Embedded {
         if let Some(queue) = self.queue.lock().unwrap_or_else(PoisonError::into_inner).take() {
             // Others may hold senders for long; if the queue is full, the committer is awake anyway.
             self.shared.closing.store(true, Ordering::Release);
-            // Under the lock, lest the committer begins to wait between its look and this call.
+            // The committer must not go on waiting for the indexer, which may wait for a survey that has just been given up.
             drop(self.shared.state());
             self.shared.indexed.notify_all();
             let _ = queue.try_send(Op::Stop);

@@ -92,21 +92,10 @@ fn one_line_is_logged_per_intercepted_request_without_key_credential_or_body() {
     assert!(read > 0);
 }
 
-/// An upstream that holds keyed requests until the gate opens.
-fn holding(gate: &Gate) -> Upstream {
-    let gate = gate.clone();
-    Upstream::scripted(move |request, reply| {
-        if request.key().is_some() {
-            gate.wait();
-        }
-        reply.send(201, &[], format!("run {}", request.number));
-    })
-}
-
 #[test]
 fn a_drain_finishes_what_is_in_flight_and_answers_open_connections_politely() {
     let gate = Gate::default();
-    let upstream = holding(&gate);
+    let upstream = Upstream::holding(&gate);
     let mut gateway = Gateway::start(&upstream, "");
     let mut open = Client::connect(gateway.addr);
     open.send(request("GET", "/x", &[], ""));
@@ -153,7 +142,7 @@ fn drain_delay_keeps_the_listeners_open_and_nothing_open_ends_the_drain_at_once(
 #[test]
 fn claims_that_outlive_the_drain_are_unknown_late_ones_included() {
     let gate = Gate::default();
-    let upstream = holding(&gate);
+    let upstream = Upstream::holding(&gate);
     let settings = "server.drain_timeout = \"300ms\"\nupstream.response_timeout = \"200ms\"";
     let mut gateway = Gateway::start(&upstream, settings);
     gateway.post("late", "{}").expect_problem(504, "upstream_timeout");
@@ -169,7 +158,7 @@ fn claims_that_outlive_the_drain_are_unknown_late_ones_included() {
 #[test]
 fn what_comes_after_the_drain_timeout_is_told_so() {
     let gate = Gate::default();
-    let upstream = holding(&gate);
+    let upstream = Upstream::holding(&gate);
     let mut gateway = Gateway::start(&upstream, "server.drain_timeout = \"200ms\"");
     let mut client = Client::connect(gateway.addr);
     client.send(post("/posts", "k", "{}"));

@@ -8,17 +8,6 @@ use http::{HeaderMap, HeaderValue};
 
 const PROTOCOL_ERROR: u32 = 1;
 
-/// An upstream that holds keyed requests until the gate opens.
-fn holding(gate: &Gate) -> Upstream {
-    let gate = gate.clone();
-    Upstream::scripted(move |request, reply| {
-        if request.key().is_some() {
-            gate.wait();
-        }
-        reply.send(201, &[], format!("run {}", request.number));
-    })
-}
-
 #[test]
 fn a_keyed_post_is_executed_once_and_replayed_whatever_the_protocol() {
     let upstream = Upstream::counting();
@@ -37,7 +26,7 @@ fn a_keyed_post_is_executed_once_and_replayed_whatever_the_protocol() {
 #[test]
 fn sixty_four_duplicates_on_one_connection_are_executed_once() {
     let gate = Gate::default();
-    let upstream = holding(&gate);
+    let upstream = Upstream::holding(&gate);
     let gateway = Gateway::start(&upstream, "");
     let mut client = H2::connect(gateway.addr);
     let sent = (0..64).map(|_| client.send(h2_post("/posts", "k"), "{}")).collect::<Vec<_>>();
@@ -52,7 +41,7 @@ fn sixty_four_duplicates_on_one_connection_are_executed_once() {
 #[test]
 fn a_stream_that_is_reset_after_the_claim_does_not_cancel_it() {
     let gate = Gate::default();
-    let upstream = holding(&gate);
+    let upstream = Upstream::holding(&gate);
     let gateway = Gateway::start(&upstream, "");
     let mut client = H2::connect(gateway.addr);
     let mut sent = client.send(h2_post("/posts", "k"), "{}");
@@ -72,7 +61,7 @@ fn a_stream_that_is_reset_after_the_claim_does_not_cancel_it() {
 #[test]
 fn a_connection_that_is_cut_does_not_cancel_a_claim() {
     let gate = Gate::default();
-    let upstream = holding(&gate);
+    let upstream = Upstream::holding(&gate);
     let gateway = Gateway::start(&upstream, "");
     let mut client = H2::connect(gateway.addr);
     let sent = client.send(h2_post("/posts", "k"), "{}");
@@ -306,7 +295,7 @@ fn a_response_that_breaks_off_resets_its_stream_and_no_other() {
 #[test]
 fn a_drain_says_goaway_and_finishes_what_is_in_flight() {
     let gate = Gate::default();
-    let upstream = holding(&gate);
+    let upstream = Upstream::holding(&gate);
     let mut gateway = Gateway::start(&upstream, "server.drain_timeout = \"1h\"");
     let mut busy = H2::connect(gateway.addr);
     let mut idle = H2::connect(gateway.addr);
@@ -326,7 +315,7 @@ fn a_drain_says_goaway_and_finishes_what_is_in_flight() {
 #[test]
 fn what_comes_after_the_drain_timeout_is_told_so() {
     let gate = Gate::default();
-    let upstream = holding(&gate);
+    let upstream = Upstream::holding(&gate);
     let mut gateway = Gateway::start(&upstream, "server.drain_timeout = \"200ms\"");
     let mut client = H2::connect(gateway.addr);
     let sent = client.send(h2_post("/posts", "k"), "{}");

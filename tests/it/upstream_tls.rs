@@ -1,7 +1,8 @@
 //! An https upstream: whom the gateway trusts, whom it says it is, and that a failed handshake has executed nothing.
 
 use crate::support::gateway::Refusal;
-use crate::support::tls_front::{Authority, Certificate, TlsFront};
+use crate::support::tls::{Authority, Certified};
+use crate::support::tls_front::{TlsFront, server};
 use crate::support::{Client, Gateway, Upstream, request};
 use rcgen::CertificateParams;
 use rustls::version::{TLS12, TLS13};
@@ -31,24 +32,24 @@ impl Files {
         format!("upstream.tls.{key} = {:?}\n", path.display().to_string())
     }
 
-    fn identity(&self, certificate: &Certificate) -> String {
-        self.put("cert", &certificate.pem) + &self.put("key", &certificate.key_pem)
+    fn identity(&self, certificate: &Certified) -> String {
+        self.put("cert", &certificate.cert) + &self.put("key", &certificate.key)
     }
 }
 
-fn plain(certificate: &Certificate) -> ServerConfig {
-    certificate.server(ALL_VERSIONS, None)
+fn plain(certificate: &Certified) -> ServerConfig {
+    server(certificate, ALL_VERSIONS, None)
 }
 
 #[test]
 fn a_trusted_upstream_is_spoken_to_in_http_1_1_and_its_connections_are_used_again() {
-    let (upstream, authority, files) = (Upstream::counting(), Authority::new(), Files::new());
+    let (upstream, authority, files) = (Upstream::counting(), Authority::new("ours"), Files::new());
     for versions in [&[&TLS13][..], &[&TLS12]] {
-        let certificate = authority.certify("localhost");
-        let front = TlsFront::new(certificate.server(versions, None), upstream.addr);
+        let certificate = authority.certify(&["localhost"]);
+        let front = TlsFront::new(server(&certificate, versions, None), upstream.addr);
         // Resolved to more than one address, on some of which nobody listens.
         let url = format!("https://localhost:{}", front.addr.port());
-        let gateway = Gateway::start_before(&url, &files.put("ca", &authority.pem));
+        let gateway = Gateway::start_before(&url, &files.put("ca", &authority.pem()));
         let before = upstream.count();
         for key in ["a", "b"] {
             assert_eq!(gateway.post(key, "{}").status, 201);
@@ -67,20 +68,20 @@ fn a_trusted_upstream_is_spoken_to_in_http_1_1_and_its_connections_are_used_agai
 #[test]
 fn a_certificate_that_does_not_convince_stops_the_request_before_a_byte_of_it() {
     let (upstream, authority, stranger, files) =
-        (Upstream::counting(), Authority::new(), Authority::new(), Files::new());
-    let good = authority.certify("127.0.0.1");
+        (Upstream::counting(), Authority::new("ours"), Authority::new("ours"), Files::new());
+    let good = authority.certify(&["127.0.0.1"]);
     let front = TlsFront::new(plain(&good), upstream.addr);
     // Pooled connections would not show the next certificate.
-    let settings = format!("upstream.idle_timeout = \"0s\"\n{}", files.put("ca", &authority.pem));
+    let settings = format!("upstream.idle_timeout = \"0s\"\n{}", files.put("ca", &authority.pem()));
     let gateway = Gateway::start_before(&format!("https://{}", front.addr), &settings);
     let until = |year| move |params: &mut CertificateParams| params.not_after = rcgen::date_time_ymd(year, 1, 1);
     let from = |year| move |params: &mut CertificateParams| params.not_before = rcgen::date_time_ymd(year, 1, 1);
     for (n, (what, bad)) in [
-        ("another authority's", stranger.certify("127.0.0.1")),
-        ("another name", authority.certify("localhost")),
-        ("another address", authority.certify("127.0.0.2")),
-        ("expired", authority.certify_with("127.0.0.1", until(2020))),
-        ("not valid yet", authority.certify_with("127.0.0.1", from(3000))),
+        ("another authority's", stranger.certify(&["127.0.0.1"])),
+        ("another name", authority.certify(&["localhost"])),
+        ("another address", authority.certify(&["127.0.0.2"])),
+        ("expired", authority.certify_with(&["127.0.0.1"], until(2020))),
+        ("not valid yet", authority.certify_with(&["127.0.0.1"], from(3000))),
     ]
     .into_iter()
     .enumerate()
@@ -101,9 +102,9 @@ fn a_certificate_that_does_not_convince_stops_the_request_before_a_byte_of_it() 
 
 #[test]
 fn server_name_is_whose_certificate_it_has_to_be() {
-    let (upstream, authority, files) = (Upstream::counting(), Authority::new(), Files::new());
-    let front = TlsFront::new(plain(&authority.certify("api.internal")), upstream.addr);
-    let ca = files.put("ca", &authority.pem);
+    let (upstream, authority, files) = (Upstream::counting(), Authority::new("ours"), Files::new());
+    let front = TlsFront::new(plain(&authority.certify(&["api.internal"])), upstream.addr);
+    let ca = files.put("ca", &authority.pem());
     let url = format!("https://{}", front.addr);
     let settings = format!("upstream.tls.server_name = \"api.internal\"\n{ca}");
     let gateway = Gateway::start_before(&url, &settings);
@@ -119,17 +120,17 @@ fn server_name_is_whose_certificate_it_has_to_be() {
 #[test]
 fn an_upstream_that_requires_a_certificate_gets_ours_or_no_request() {
     let (upstream, authority, clients, files) =
-        (Upstream::counting(), Authority::new(), Authority::new(), Files::new());
-    let server = authority.certify("127.0.0.1");
-    let ca = files.put("ca", &authority.pem);
+        (Upstream::counting(), Authority::new("ours"), Authority::new("ours"), Files::new());
+    let shown = authority.certify(&["127.0.0.1"]);
+    let ca = files.put("ca", &authority.pem());
     // A TLS 1.3 server that sends no tickets may refuse only after the request has been sent: that is unknown.
     for (version, tickets) in [(&TLS13, 2), (&TLS12, 0)] {
-        let mut config = server.server(&[version], Some(&clients));
+        let mut config = server(&shown, &[version], Some(&clients));
         config.send_tls13_tickets = tickets;
         let front = TlsFront::new(config, upstream.addr);
         let url = format!("https://{}", front.addr);
         let before = upstream.count();
-        let strangers = files.identity(&authority.certify("somebody"));
+        let strangers = files.identity(&authority.certify(&["somebody"]));
         for settings in [ca.clone(), format!("{ca}{strangers}")] {
             let gateway = Gateway::start_before(&url, &settings);
             for n in 0..5 {
@@ -141,7 +142,7 @@ fn an_upstream_that_requires_a_certificate_gets_ours_or_no_request() {
             assert_eq!(gateway.metric("oncegate_settled_total{outcome=\"not_executed\"}"), 5.0);
         }
         assert_eq!(upstream.count(), before, "it has seen nothing");
-        let ours = files.identity(&clients.certify("gateway"));
+        let ours = files.identity(&clients.certify(&["gateway"]));
         let gateway = Gateway::start_before(&url, &format!("{ca}{ours}"));
         assert_eq!(gateway.post("k", "{}").status, 201);
         assert_eq!(gateway.call(request("GET", "/x", &[], "")).status, 201);
@@ -161,8 +162,8 @@ fn what_is_not_tls_or_says_nothing_is_no_upstream() {
             std::mem::forget(stream); // Stays open.
         }
     });
-    let (authority, files) = (Authority::new(), Files::new());
-    let settings = format!("upstream.connect_timeout = \"300ms\"\n{}", files.put("ca", &authority.pem));
+    let (authority, files) = (Authority::new("ours"), Files::new());
+    let settings = format!("upstream.connect_timeout = \"300ms\"\n{}", files.put("ca", &authority.pem()));
     let gateway = Gateway::start_before(&format!("https://{addr}"), &settings);
     for error in ["tls_protocol_error", "connection_timeout"] {
         let began = Instant::now();
@@ -176,10 +177,10 @@ fn what_is_not_tls_or_says_nothing_is_no_upstream() {
 
 #[test]
 fn without_a_ca_the_platforms_authorities_count() {
-    let (upstream, authority, files) = (Upstream::counting(), Authority::new(), Files::new());
-    let front = TlsFront::new(plain(&authority.certify("127.0.0.1")), upstream.addr);
+    let (upstream, authority, files) = (Upstream::counting(), Authority::new("ours"), Files::new());
+    let front = TlsFront::new(plain(&authority.certify(&["127.0.0.1"])), upstream.addr);
     let url = format!("https://{}", front.addr);
-    let _ = (files.put("roots", &authority.pem), files.put("none", ""));
+    let _ = (files.put("roots", &authority.pem()), files.put("none", ""));
     let start = |roots: &str| {
         let path = files.0.path().join(roots).display().to_string();
         let dir = Arc::new(tempfile::tempdir().unwrap());
@@ -194,9 +195,9 @@ fn without_a_ca_the_platforms_authorities_count() {
 
 #[test]
 fn broken_files_are_configuration_errors_all_at_once() {
-    let (authority, files) = (Authority::new(), Files::new());
-    let certificate = authority.certify("client");
-    let another = authority.certify("client");
+    let (authority, files) = (Authority::new("ours"), Files::new());
+    let certificate = authority.certify(&["client"]);
+    let another = authority.certify(&["client"]);
     let start = |settings: &str| {
         let dir = Arc::new(tempfile::tempdir().unwrap());
         match Gateway::try_start(dir, "https://127.0.0.1:1", settings, &[], &[]) {
@@ -204,8 +205,8 @@ fn broken_files_are_configuration_errors_all_at_once() {
             Err(refusal) => refusal,
         }
     };
-    let (cert, key) = (files.put("cert", &certificate.pem), files.put("key", &certificate.key_pem));
-    let ca = files.put("ca", &authority.pem);
+    let (cert, key) = (files.put("cert", &certificate.cert), files.put("key", &certificate.key));
+    let ca = files.put("ca", &authority.pem());
     let missing = "upstream.tls.ca = \"/nonexistent/ca.pem\"\n";
     for (settings, expected) in [
         (missing.to_owned(), vec!["upstream.tls.ca: /nonexistent/ca.pem: cannot be read"]),
@@ -230,7 +231,7 @@ fn broken_files_are_configuration_errors_all_at_once() {
         }
         assert!(!stderr.contains("secret words"), "a key file is never quoted: {stderr}");
     }
-    std::fs::write(files.0.path().join("key"), &another.key_pem).unwrap();
+    std::fs::write(files.0.path().join("key"), &another.key).unwrap();
     let Refusal { code, stderr } = start(&format!("{ca}{cert}{key}"));
     assert_eq!(code, Some(2));
     assert!(stderr.contains("upstream.tls.key: ") && stderr.contains("does not fit the certificate"), "{stderr}");
@@ -239,10 +240,10 @@ fn broken_files_are_configuration_errors_all_at_once() {
 #[test]
 fn a_response_that_is_cut_off_without_a_close_notify_is_not_whole() {
     // The front is killed with its runtime: the connection ends without TLS's own end.
-    let (authority, files) = (Authority::new(), Files::new());
+    let (authority, files) = (Authority::new("ours"), Files::new());
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let front = TlsFront::new(plain(&authority.certify("127.0.0.1")), listener.local_addr().unwrap());
-    let gateway = Gateway::start_before(&format!("https://{}", front.addr), &files.put("ca", &authority.pem));
+    let front = TlsFront::new(plain(&authority.certify(&["127.0.0.1"])), listener.local_addr().unwrap());
+    let gateway = Gateway::start_before(&format!("https://{}", front.addr), &files.put("ca", &authority.pem()));
     let mut client = Client::connect(gateway.addr);
     client.send(request("GET", "/x", &[], ""));
     let (mut server, _) = crate::upgrade::accept(&listener);
@@ -260,10 +261,10 @@ fn a_response_that_is_cut_off_without_a_close_notify_is_not_whole() {
 
 #[test]
 fn a_tunnel_goes_through_tls() {
-    let (authority, files) = (Authority::new(), Files::new());
+    let (authority, files) = (Authority::new("ours"), Files::new());
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let front = TlsFront::new(plain(&authority.certify("127.0.0.1")), listener.local_addr().unwrap());
-    let gateway = Gateway::start_before(&format!("https://{}", front.addr), &files.put("ca", &authority.pem));
+    let front = TlsFront::new(plain(&authority.certify(&["127.0.0.1"])), listener.local_addr().unwrap());
+    let gateway = Gateway::start_before(&format!("https://{}", front.addr), &files.put("ca", &authority.pem()));
     let (mut client, mut server) = crate::upgrade::open(&listener, &gateway);
     let large = vec![b'x'; 300_000];
     client.send(&large);
@@ -278,12 +279,13 @@ fn a_tunnel_goes_through_tls() {
 
 #[test]
 fn sighup_reads_the_files_again_and_a_broken_one_changes_nothing() {
-    let (upstream, old, new, files) = (Upstream::counting(), Authority::new(), Authority::new(), Files::new());
-    let front = TlsFront::new(plain(&new.certify("127.0.0.1")), upstream.addr);
-    let settings = files.put("ca", &old.pem) + "upstream.idle_timeout = \"0s\"";
+    let (upstream, old, new, files) =
+        (Upstream::counting(), Authority::new("ours"), Authority::new("ours"), Files::new());
+    let front = TlsFront::new(plain(&new.certify(&["127.0.0.1"])), upstream.addr);
+    let settings = files.put("ca", &old.pem()) + "upstream.idle_timeout = \"0s\"";
     let gateway = Gateway::start_before(&format!("https://{}", front.addr), &settings);
     gateway.post("k", "{}").expect_problem(502, "upstream_unreachable");
-    files.put("ca", &new.pem);
+    files.put("ca", &new.pem());
     gateway.hang_up();
     gateway.wait_for_log("upstream.tls were read again");
     assert_eq!(gateway.post("k", "{}").status, 201);

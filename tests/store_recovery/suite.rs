@@ -673,62 +673,63 @@ fn a_large_index_is_walked_through_while_the_store_serves() {
     }
 }
 
-/// The committer waits for the indexer, and that for the walk through the index: closing must end all three.
 #[test]
-fn a_store_is_closed_before_its_index_has_been_walked_through() {
+fn a_spare_segment_that_is_not_blank_is_made_anew() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("data");
-    let mut held = filled(&path, 50);
-    // Without threads the walk never ends.
-    let store = std::sync::Arc::new(open_at_once(&path, 0));
-    runtime().block_on(async {
-        let tasks: Vec<_> = (1000..1400)
-            .map(|n| {
-                let store = store.clone();
-                tokio::spawn(async move {
-                    let claim = value(CLAIMED, None, "claim");
-                    let swap = store.compare_and_swap(id(n), None, Some(claim), 4000, Urgency::Claim).await;
-                    let Ok(Swap::Done(version)) = swap else { return None };
-                    let settled = value(COMPLETED, Some(FAR), "settled");
-                    let swap =
-                        store.compare_and_swap(id(n), Some(version), Some(settled.clone()), 4000, Urgency::Settle);
-                    let Ok(Swap::Done(version)) = swap.await else { return None };
-                    Some((n, Entry { version, value: settled }))
-                })
-            })
-            .collect();
-        // It has stopped taking operations.
-        let (mut stuck, mut n) = (0, 5000);
-        while stuck < 20 {
-            let more = store.clone();
-            tokio::spawn(async move {
-                let claim = value(CLAIMED, None, "claim");
-                more.compare_and_swap(id(n), None, Some(claim), 4000, Urgency::Claim).await.map(drop)
-            });
-            n += 1;
-            stuck = if store.status().queue_len > 0 { stuck + 1 } else { 0 };
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        let closed = tokio::time::timeout(
-            Duration::from_secs(20),
-            tokio::task::spawn_blocking({
-                let store = store.clone();
-                move || store.close()
-            }),
-        );
-        closed.await.expect("it can be closed").unwrap();
-        let mut done = 0;
-        for task in tasks {
-            if let Some((n, entry)) = task.await.unwrap() {
-                held.insert(n, entry);
-                done += 1;
-            }
-        }
-        assert!(done >= 100, "{done}");
-    });
-    drop(store);
+    let held = filled(&path, 100);
+    let spare = segments(&path).pop().unwrap();
+    assert!(!used_segments(&path).contains(&spare), "the last one is unused");
+    // As a first frame that was torn leaves it.
+    flip(&spare, 2000);
     let store = open(&path);
-    runtime().block_on(async {
+    assert_holds(&store, &held);
+    store.close();
+    drop(store);
+    assert_eq!(segments(&path).len(), used_segments(&path).len() + 1, "no segment holds anything but entries");
+    assert_holds(&open(&path), &held);
+}
+
+#[test]
+fn a_store_closes_while_its_committer_waits_for_the_walk_through_the_index() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data");
+    let mut held = filled(&path, 300);
+    let runtime = runtime();
+    // Without threads the walk never ends, and nothing goes to the index.
+    let store = std::sync::Arc::new(open_at_once(&path, 0));
+    let most = 10 * small().index_bulk as u64;
+    let tasks: Vec<_> = (1000..1000 + 2 * most)
+        .map(|n| {
+            let store = store.clone();
+            runtime.spawn(async move {
+                let new = value(COMPLETED, Some(FAR), "settled");
+                let swap = store.compare_and_swap(id(n), None, Some(new.clone()), 4000, Urgency::Settle).await;
+                swap.ok().map(|swap| (n, swap, new))
+            })
+        })
+        .collect();
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while store.status().entries[usize::from(COMPLETED.0)] < most {
+        assert!(std::time::Instant::now() < deadline, "the committer does not get that far");
+        std::thread::yield_now();
+    }
+    let (sender, closed) = std::sync::mpsc::channel();
+    let closing = store.clone();
+    std::thread::spawn(move || {
+        closing.close();
+        sender.send(()).unwrap();
+    });
+    closed.recv_timeout(Duration::from_secs(20)).expect("it closes");
+    for task in tasks {
+        if let Some((n, Swap::Done(version), value)) = runtime.block_on(task).unwrap() {
+            held.insert(n, Entry { version, value });
+        }
+    }
+    drop(store);
+    // What was acknowledged is there.
+    let store = open(&path);
+    runtime.block_on(async {
         for (n, entry) in &held {
             assert_eq!(store.get(id(*n)).await.unwrap().as_ref(), Some(entry), "record {n}");
         }

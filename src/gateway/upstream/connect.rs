@@ -2,16 +2,16 @@
 
 use super::{Endpoint, Options, SendError};
 use crate::gateway::body::ForwardBody;
+use crate::gateway::tunnel::KEEPALIVE;
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
-use socket2::{SockRef, TcpKeepalive};
+use socket2::SockRef;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::task::AbortHandle;
@@ -103,10 +103,6 @@ async fn connect_any(addresses: Vec<SocketAddr>, deadline: Instant) -> io::Resul
     Err(last)
 }
 
-/// A tunnel may be silent for long, and must not outlive a peer that is gone without a word.
-const KEEPALIVE: TcpKeepalive =
-    TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(15));
-
 /// Bytes read ahead of a client that takes them slowly; a response's head may not be larger.
 const READ_BUFFER_MAX: usize = 64 * 1024;
 
@@ -176,6 +172,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
 mod tests {
     use super::*;
     use socket2::{Domain, SockAddr, Socket, Type};
+    use std::time::Duration;
     use tokio::net::TcpListener;
 
     /// An address that keeps whoever comes waiting, since its queue is full; and what keeps it so.
@@ -205,6 +202,7 @@ mod tests {
         let deadline = began + Duration::from_millis(900);
         let stream = connect_any(vec![refuses, silent, good], deadline).await.unwrap();
         assert_eq!(stream.peer_addr().unwrap(), good);
+        assert!(SockRef::from(&stream).keepalive().unwrap(), "a tunnel over it does not outlive its peer");
         assert!(began.elapsed() >= Duration::from_millis(400), "half of what was left went to the silent one");
 
         let began = Instant::now();

@@ -1,10 +1,10 @@
 //! TLS to the upstream: whom to trust, who we are, and what a failed handshake is called.
 
 use super::SendError;
+use crate::pem::{FileError, Named};
 use rustls::client::ResolvesClientCert;
 use rustls::crypto::aws_lc_rs::default_provider;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::pki_types::ServerName;
 use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, ProtocolVersion, RootCertStore, SignatureScheme};
 use std::cell::Cell;
@@ -27,16 +27,6 @@ pub struct Options {
     pub ca: Option<PathBuf>,
     /// PEM files of the certificate chain and the key that are shown to an upstream that asks for them.
     pub identity: Option<(PathBuf, PathBuf)>,
-}
-
-/// A file of `[upstream.tls]` that cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[error("{key}: {message}")]
-pub struct FileError {
-    /// The key that names the file: `ca`, `cert` or `key`.
-    pub key: &'static str,
-    /// What is wrong with it.
-    pub message: String,
 }
 
 /// Makes TLS connections.
@@ -161,10 +151,12 @@ impl ResolvesClientCert for Identity {
     }
 }
 
+const NO_CERTIFICATE: &str = "has no certificate in it (PEM, -----BEGIN CERTIFICATE-----)";
+
 fn read(options: &Options) -> Result<ClientConfig, Vec<FileError>> {
     let mut errors = Vec::new();
     let roots = match &options.ca {
-        Some(path) => certificates("ca", path).and_then(|found| trusted(found, path)),
+        Some(path) => Named("ca", path).roots(NO_CERTIFICATE),
         None => platform_roots(),
     };
     let roots = roots.unwrap_or_else(|error| {
@@ -196,41 +188,13 @@ fn platform_roots() -> Result<RootCertStore, FileError> {
     Ok(roots)
 }
 
-fn trusted(certificates: Vec<CertificateDer<'static>>, path: &Path) -> Result<RootCertStore, FileError> {
-    let mut roots = RootCertStore::empty();
-    for certificate in certificates {
-        let added = roots.add(certificate);
-        added.map_err(|error| FileError {
-            key: "ca",
-            message: format!("{}: a certificate in it cannot be used ({error})", path.display()),
-        })?;
-    }
-    Ok(roots)
-}
-
-/// All certificates of a PEM file; at least one.
-fn certificates(key: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, FileError> {
-    let wrong = |message: String| FileError { key, message: format!("{}: {message}", path.display()) };
-    let text = std::fs::read(path).map_err(|error| wrong(format!("cannot be read: {error}")))?;
-    let found = CertificateDer::pem_slice_iter(&text).collect::<Result<Vec<_>, _>>();
-    let found = found.map_err(|error| wrong(format!("is no PEM file: {error}")))?;
-    if found.is_empty() {
-        return Err(wrong("has no certificate in it (PEM, -----BEGIN CERTIFICATE-----)".to_owned()));
-    }
-    Ok(found)
-}
-
 fn identity(cert: &Path, key: &Path, errors: &mut Vec<FileError>) -> Option<CertifiedKey> {
-    let chain = certificates("cert", cert).map_err(|error| errors.push(error)).ok();
-    let wrong = |message: String| FileError { key: "key", message: format!("{}: {message}", key.display()) };
-    let private = std::fs::read(key).map_err(|error| wrong(format!("cannot be read: {error}"))).and_then(|text| {
-        let found = PrivateKeyDer::from_pem_slice(&text);
-        // The parser's own words may quote the file.
-        found.map_err(|_| wrong("has no private key in it (PEM, unencrypted)".to_owned()))
-    });
+    let key = Named("key", key);
+    let chain = Named("cert", cert).certificates(NO_CERTIFICATE).map_err(|error| errors.push(error)).ok();
+    let private = key.private_key("has no private key in it (PEM, unencrypted)");
     let private = private.map_err(|error| errors.push(error)).ok();
     let certified = CertifiedKey::from_der(chain?, private?, &default_provider());
-    certified.map_err(|error| errors.push(wrong(format!("does not fit the certificate: {error}")))).ok()
+    certified.map_err(|error| errors.push(key.error(&format!("does not fit the certificate: {error}")))).ok()
 }
 
 #[cfg(test)]

@@ -254,8 +254,8 @@ fn verify_all(
     (results.into_iter().map(|(_, verified)| verified).collect(), index)
 }
 
-/// The segments in use, and the spare one.
-type Judged = (Vec<(Segment, Verified)>, Option<Segment>);
+/// The segments in use, and the spare one; whether that is blank.
+type Judged = (Vec<(Segment, Verified)>, Option<(Segment, bool)>);
 
 /// Tells torn from damaged. Returns the segments in use and the spare one; what was torn is cut off.
 fn judge(log_dir: &Path, verified: Vec<(Segment, Verified)>, head: &Head) -> Result<Judged, OpenError> {
@@ -280,15 +280,14 @@ fn judge(log_dir: &Path, verified: Vec<(Segment, Verified)>, head: &Head) -> Res
             None => None,
             Some((spare, unused)) => {
                 let search = FrameReader::new(&spare, spare.uid).find(SEGMENT_HEADER);
-                let unused = unused.first_frame.is_none()
-                    && search.map_err(io_error("read", &spare.path))?.valid.is_none()
-                    && remaining.next().is_none();
+                let search = search.map_err(io_error("read", &spare.path))?;
+                let unused = unused.first_frame.is_none() && search.valid.is_none() && remaining.next().is_none();
                 if !unused {
                     let why = tail_text(&verified.tail);
                     let detail = format!("{why}, but later segments hold entries");
                     return Err(damaged(path, verified.end, &detail));
                 }
-                Some(spare)
+                Some((spare, !search.data))
             }
         };
         cut_torn_end(&segment, &mut verified)?;
@@ -344,7 +343,7 @@ fn cut_torn_end(segment: &Segment, verified: &mut Verified) -> Result<(), OpenEr
 fn finish(
     log_dir: &Path,
     judged: Vec<(Segment, Verified)>,
-    spare: Option<Segment>,
+    spare: Option<(Segment, bool)>,
     head: Head,
     index: Opening,
     tuning: Tuning,
@@ -377,11 +376,10 @@ fn finish(
     }
     let spare = match spare {
         None => None,
-        Some(spare) => {
+        Some((spare, blank)) => {
             let capacity = spare.len().map_err(io_error("read", &spare.path))?;
             // One that is too small to be of use, or not blank, is made anew.
-            let search = FrameReader::new(&spare, spare.uid).find(SEGMENT_HEADER);
-            if capacity < tuning.segment_bytes_min || search.map_err(io_error("read", &spare.path))?.data {
+            if capacity < tuning.segment_bytes_min || !blank {
                 std::fs::remove_file(&spare.path).map_err(io_error("delete", &spare.path))?;
                 files::sync_dir(log_dir).map_err(io_error("flush", log_dir))?;
                 None

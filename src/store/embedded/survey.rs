@@ -121,9 +121,12 @@ impl Survey {
     }
 
     fn finish_if_complete(&self, shared: &Shared, work: &Work) {
-        let complete = work.found.lock().unwrap_or_else(PoisonError::into_inner).buckets == BUCKETS;
+        if work.found.lock().unwrap_or_else(PoisonError::into_inner).buckets < BUCKETS {
+            return;
+        }
         let mut state = shared.state();
-        if complete && !self.is_done() {
+        // Another thread may have been faster.
+        if !self.is_done() {
             self.finish(work, &mut state);
             shared.wake_indexer.notify_all();
         }

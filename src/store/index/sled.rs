@@ -198,3 +198,33 @@ impl Index for SledIndex {
         size("db")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Tag;
+    use crate::store::log::{LogPoint, Position};
+    use std::time::Duration;
+
+    #[test]
+    fn a_change_that_is_interrupted_leaves_the_sums_marked_as_uncertain() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = [7; 16];
+        let index = SledIndex::open(dir.path(), store).unwrap();
+        let position = Position { segment: 1, offset: 64 };
+        let checkpoint = Checkpoint { replay_from: position, applied_to: LogPoint { position, frame: 1 } };
+        index.apply(&[], checkpoint).unwrap();
+        let mut written = index.trees.as_ref().unwrap().meta.watch_prefix(CHECKPOINT);
+        let located = Located { position, len: 8, tag: Tag(1), version: 3, expires_at_ms: 1000 };
+        index.apply(&[(RecordId([1; 16]), Some(located))], checkpoint).unwrap();
+        let mut next = || match written.next_timeout(Duration::from_secs(20)).unwrap() {
+            sled::Event::Insert { value, .. } => decode_checkpoint(&value, store).unwrap(),
+            sled::Event::Remove { .. } => panic!("it is never removed"),
+        };
+        // What a start finds between the two is the first.
+        let (during, after) = (next(), next());
+        assert_eq!((during.clean, after.clean), (false, true));
+        assert_eq!((during.entries, after.entries), (0, 1));
+        assert_ne!(during.sums, after.sums);
+    }
+}

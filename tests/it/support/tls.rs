@@ -20,6 +20,13 @@ pub struct Certified {
     pub key: String,
 }
 
+impl Certified {
+    pub fn der(&self) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
+        let chain = CertificateDer::pem_slice_iter(self.cert.as_bytes()).map(Result::unwrap).collect();
+        (chain, PrivateKeyDer::from_pem_slice(self.key.as_bytes()).unwrap())
+    }
+}
+
 impl Authority {
     pub fn new(name: &str) -> Self {
         let mut params = CertificateParams::default();
@@ -34,24 +41,34 @@ impl Authority {
 
     /// A certificate for these names, with a key of its own.
     pub fn certify(&self, names: &[&str]) -> Certified {
+        self.certify_with(names, |_| {})
+    }
+
+    pub fn certify_with(&self, names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Certified {
         let names = names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
         let key = KeyPair::generate().unwrap();
-        let cert = CertificateParams::new(names).unwrap().signed_by(&key, &self.0).unwrap();
+        let mut params = CertificateParams::new(names).unwrap();
+        change(&mut params);
+        let cert = params.signed_by(&key, &self.0).unwrap();
         Certified { cert: cert.pem(), key: key.serialize_pem() }
+    }
+
+    /// This authority, as the only one that is trusted.
+    pub fn roots(&self) -> RootCertStore {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.0.der().clone()).unwrap();
+        roots
     }
 
     /// What a client trusts and shows.
     pub fn client(&self, shows: Option<&Certified>, alpn: &[&str]) -> ClientConfig {
-        let mut roots = RootCertStore::empty();
-        roots.add(self.0.der().clone()).unwrap();
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-        let builder = builder.with_root_certificates(roots);
+        let builder = builder.with_root_certificates(self.roots());
         let mut config = match shows {
             None => builder.with_no_client_auth(),
-            Some(Certified { cert, key }) => {
-                let chain = CertificateDer::pem_slice_iter(cert.as_bytes()).map(Result::unwrap).collect();
-                let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
+            Some(certified) => {
+                let (chain, key) = certified.der();
                 builder.with_client_auth_cert(chain, key).unwrap()
             }
         };

@@ -1,11 +1,10 @@
-//! Certificates made for a test, and a TLS server before an upstream in clear.
+//! A TLS server before an upstream in clear.
 
 use super::eventually;
-use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
+use super::tls::{Authority, Certified};
 use rustls::crypto::aws_lc_rs::default_provider;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{RootCertStore, ServerConfig, SupportedProtocolVersion};
+use rustls::{ServerConfig, SupportedProtocolVersion};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use tokio::io::copy_bidirectional;
@@ -13,74 +12,26 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
 use tokio_rustls::TlsAcceptor;
 
-/// An authority that certifies whatever a test needs.
-pub struct Authority {
-    pub pem: String,
-    der: CertificateDer<'static>,
-    issuer: Issuer<'static, KeyPair>,
-}
-
-/// A certificate and its key.
-pub struct Certificate {
-    pub pem: String,
-    pub key_pem: String,
-    der: CertificateDer<'static>,
-    key: PrivateKeyDer<'static>,
-}
-
-impl Authority {
-    pub fn new() -> Self {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let certificate = params.self_signed(&key).unwrap();
-        Self { pem: certificate.pem(), der: certificate.der().clone(), issuer: Issuer::new(params, key) }
-    }
-
-    pub fn certify(&self, name: &str) -> Certificate {
-        self.certify_with(name, |_| {})
-    }
-
-    /// A certificate for a server's name or address, or for a client.
-    pub fn certify_with(&self, name: &str, change: impl FnOnce(&mut CertificateParams)) -> Certificate {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        change(&mut params);
-        let certificate = params.signed_by(&key, &self.issuer).unwrap();
-        let private = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
-        Certificate {
-            pem: certificate.pem(),
-            key_pem: key.serialize_pem(),
-            der: certificate.der().clone(),
-            key: private,
+/// A server that shows this certificate, and asks for one of `clients` where there is such an authority.
+pub fn server(
+    shown: &Certified,
+    versions: &[&'static SupportedProtocolVersion],
+    clients: Option<&Authority>,
+) -> ServerConfig {
+    let provider = Arc::new(default_provider());
+    let builder = ServerConfig::builder_with_provider(Arc::clone(&provider)).with_protocol_versions(versions);
+    let builder = match clients {
+        None => builder.unwrap().with_no_client_auth(),
+        Some(authority) => {
+            let roots = Arc::new(authority.roots());
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider).build().unwrap();
+            builder.unwrap().with_client_cert_verifier(verifier)
         }
-    }
-
-    fn roots(&self) -> RootCertStore {
-        let mut roots = RootCertStore::empty();
-        roots.add(self.der.clone()).unwrap();
-        roots
-    }
-}
-
-impl Certificate {
-    /// A server that shows this certificate, and asks for one of `clients` where there is such an authority.
-    pub fn server(&self, versions: &[&'static SupportedProtocolVersion], clients: Option<&Authority>) -> ServerConfig {
-        let provider = Arc::new(default_provider());
-        let builder = ServerConfig::builder_with_provider(Arc::clone(&provider)).with_protocol_versions(versions);
-        let builder = match clients {
-            None => builder.unwrap().with_no_client_auth(),
-            Some(authority) => {
-                let roots = Arc::new(authority.roots());
-                let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider).build().unwrap();
-                builder.unwrap().with_client_cert_verifier(verifier)
-            }
-        };
-        let mut config = builder.with_single_cert(vec![self.der.clone()], self.key.clone_key()).unwrap();
-        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        config
-    }
+    };
+    let (chain, key) = shown.der();
+    let mut config = builder.with_single_cert(chain, key).unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    config
 }
 
 /// What a handshake was about: the name asked for, the protocol agreed on.

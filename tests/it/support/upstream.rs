@@ -112,6 +112,17 @@ impl Upstream {
         Self::on(listener, script)
     }
 
+    /// Holds keyed requests until the gate opens; then `run` and the number of the request.
+    pub fn holding(gate: &Gate) -> Self {
+        let gate = gate.clone();
+        Self::scripted(move |request, reply| {
+            if request.key().is_some() {
+                gate.wait();
+            }
+            reply.send(201, &[], format!("run {}", request.number));
+        })
+    }
+
     /// On a given port: for an upstream that comes up late.
     pub fn on(listener: TcpListener, script: impl Fn(&Received, &mut Reply<'_>) + Send + Sync + 'static) -> Self {
         let addr = listener.local_addr().unwrap();
