@@ -4,6 +4,7 @@ use super::state::State;
 use super::{Durability, Shared, Tuning};
 use crate::store::RecordId;
 use crate::store::index::{Checkpoint, Located};
+use crate::store::log::summary;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -62,7 +63,26 @@ fn bulk(shared: &Shared) -> Result<(), String> {
         settle(&mut shared.state(), piece);
     }
     shared.indexed.notify_all();
+    summarise(shared);
     Ok(())
+}
+
+/// Writes summaries of the segments that have been sealed.
+fn summarise(shared: &Shared) {
+    let mut state = shared.state();
+    let sealed = state.segments.values_mut().filter_map(|state| Some((state.segment.clone(), state.unsummarised.take()?)));
+    let sealed: Vec<_> = sealed.collect();
+    drop(state);
+    for (segment, verified) in sealed {
+        let written = summary::write(&shared.log_dir, &segment, &verified);
+        // If the segment has been retired meanwhile, its summary may have come too late to be deleted with it.
+        let retired = !shared.state().segments.contains_key(&segment.number);
+        let written = if retired { summary::remove(&shared.log_dir, segment.number) } else { written };
+        if let Err(error) = written {
+            // The next start takes longer, that is all.
+            tracing::debug!(%error, segment = %segment.path.display(), "cannot write a summary");
+        }
+    }
 }
 
 /// What the index has to learn, unsorted, and how far it will have come then.

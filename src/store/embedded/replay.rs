@@ -1,10 +1,11 @@
 //! The second half of opening: replays what lies behind the index's checkpoint into memory, or everything into a new
 //! index. The survey then tells what both hold together.
 
-use super::recovery::{Opening, damaged, io_error};
+use super::recovery::{damaged, io_error};
 use super::settings::Settings;
 use super::state::{Live, SegmentState, State};
 use super::survey::Survey;
+use super::verify::Opening;
 use super::{Engine, OpenError, Options, Tuning, index_dir, indexer, log_dir};
 use crate::store::index::{self, Checkpoint, Index, IndexError, Located};
 use crate::store::log::frame::{self, FRAME_HEADER, Kind, NEVER};
@@ -133,27 +134,36 @@ fn replay(
     known: Option<LogPoint>,
     progress: &mut Progress<'_>,
 ) -> Result<bool, OpenError> {
-    let segments: Vec<_> =
-        state.segments.range(from.segment..).map(|(_, segment)| (segment.segment.clone(), segment.end)).collect();
+    let segments = state.segments.range(from.segment..);
+    let segments: Vec<_> = segments.map(|(_, state)| (state.segment.clone(), state.first_frame, state.end)).collect();
     // A place in a segment that has been retired meanwhile cannot be compared, and needs not be.
     let oldest = state.segments.first_key_value().map_or(0, |(&number, _)| number);
     let mut matches = known.is_none_or(|known| known.position.segment < oldest || known == state.end);
-    for (segment, end) in segments {
+    for (segment, first_frame, end) in segments {
+        let mut expected = first_frame;
         let mut reader = FrameReader::new(&*segment, segment.uid);
         let mut at = SEGMENT_HEADER;
         while at < end {
             let (header, payload) = match reader.frame(at).map_err(io_error("read", &segment.path))? {
                 Scanned::Frame(header, payload) => (header, payload),
-                // It was valid a moment ago.
-                _ => return Err(damaged(&segment.path, at, "a frame has changed while it was read")),
+                Scanned::Blank => return Err(damaged(&segment.path, at, "no frame stands here")),
+                Scanned::Invalid(why) => return Err(damaged(&segment.path, at, why)),
             };
+            // If it was verified at this start, that was seen then.
+            if header.number != expected {
+                let detail = format!("frame number {} where {expected} must follow", header.number);
+                return Err(damaged(&segment.path, at, &detail));
+            }
+            expected = expected.saturating_add(1);
             let position =
                 |offset: u64| Position { segment: segment.number, offset: u32::try_from(offset).unwrap_or(u32::MAX) };
             matches |= known == Some(LogPoint { position: position(at), frame: header.number });
             let next = at + (FRAME_HEADER + payload.len()) as u64;
             matches |= known == Some(LogPoint { position: position(next), frame: header.number.saturating_add(1) });
             if position(next) > from {
-                for (offset, entry) in frame::entries(payload).flatten() {
+                for entry in frame::entries(payload) {
+                    let (offset, entry) =
+                        entry.map_err(|()| damaged(&segment.path, at, "a frame with malformed entries"))?;
                     let position = position(at + (FRAME_HEADER + offset) as u64);
                     let live = (entry.kind != Kind::Remove).then(|| Live {
                         located: Located {
