@@ -34,6 +34,7 @@ fn tuning() -> Tuning {
         index_bulk: 50,
         memtable_bytes: 64 << 10,
         replay_bytes: 256 << 10,
+        verify_first_bytes: 0,
         survey_first_max: 0,
         survey_threads: 2,
     }

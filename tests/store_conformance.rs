@@ -61,6 +61,7 @@ fn small() -> Tuning {
         index_bulk: 4,
         memtable_bytes: 32 << 10,
         replay_bytes: 16384,
+        verify_first_bytes: u64::MAX,
         survey_first_max: u64::MAX,
         survey_threads: 2,
     }

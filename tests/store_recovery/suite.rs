@@ -27,6 +27,7 @@ fn small() -> Tuning {
         index_bulk: 16,
         memtable_bytes: 64 << 10,
         replay_bytes: 16384,
+        verify_first_bytes: u64::MAX,
         survey_first_max: u64::MAX,
         survey_threads: 2,
     }
@@ -36,9 +37,13 @@ fn open(path: &Path) -> Embedded {
     Embedded::open_tuned(&options(path), small()).unwrap()
 }
 
-/// As a store with a large index is opened: it serves before the index has been walked through, by so many threads.
+/// As a large store is opened: it serves before its log has been verified, and its index walked through, by so many threads.
+fn at_once(survey_threads: usize) -> Tuning {
+    Tuning { verify_first_bytes: 0, survey_first_max: 0, survey_threads, ..small() }
+}
+
 fn open_at_once(path: &Path, survey_threads: usize) -> Embedded {
-    Embedded::open_tuned(&options(path), Tuning { survey_first_max: 0, survey_threads, ..small() }).unwrap()
+    Embedded::open_tuned(&options(path), at_once(survey_threads)).unwrap()
 }
 
 fn refused(path: &Path) -> OpenError {
@@ -734,6 +739,186 @@ fn a_store_closes_while_its_committer_waits_for_the_walk_through_the_index() {
             assert_eq!(store.get(id(*n)).await.unwrap().as_ref(), Some(entry), "record {n}");
         }
     });
+}
+
+/// The summaries of sealed segments.
+fn summaries(path: &Path) -> Vec<PathBuf> {
+    files(&path.join("log")).into_iter().filter(|file| file.extension().is_some_and(|end| end == "sum")).collect()
+}
+
+fn wait_until(what: &str, done: impl Fn() -> bool) {
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(std::time::Instant::now() < deadline, "never: {what}");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_summary_is_believed_only_where_it_agrees_with_its_segment() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data");
+    let mut held = filled(&path, 300);
+    assert!(summaries(&path).len() > 8, "sealed segments are summarised");
+    assert_holds(&open_at_once(&path, 2), &held);
+    let before = summaries(&path);
+    let right: Vec<_> = before.iter().map(|file| std::fs::read(file).unwrap()).collect();
+
+    // Damaged; empty; another segment's; missing.
+    flip(&before[0], 40);
+    std::fs::write(&before[1], b"").unwrap();
+    std::fs::copy(&before[3], &before[2]).unwrap();
+    std::fs::remove_file(&before[3]).unwrap();
+    // With a right checksum, but wrong: uid, end, first frame, last frame, next version, newest time.
+    for (at, offset) in [12, 20, 28, 36, 44, 52].into_iter().enumerate() {
+        let mut bytes = right[4 + at].clone();
+        bytes.truncate(bytes.len() - 8);
+        bytes[offset] ^= 8;
+        bytes.extend_from_slice(&xxhash_rust::xxh3::xxh3_64(&bytes).to_le_bytes());
+        std::fs::write(&before[4 + at], bytes).unwrap();
+    }
+    // Left over: of no segment; of one that was being written.
+    std::fs::write(path.join("log/00000000000000ff.sum"), b"").unwrap();
+    std::fs::write(path.join("log/0000000000000001.sum.tmp"), b"").unwrap();
+    let store = open_at_once(&path, 2);
+    assert_holds(&store, &held);
+    // The index learns something, and then they are made anew.
+    runtime().block_on(async {
+        for n in 1000..1040 {
+            held.insert(n, pair(&store, n, FAR, 5000).await);
+        }
+    });
+    let is_right = || {
+        let now = summaries(&path);
+        let read = |file: &PathBuf| std::fs::read(file).unwrap_or_default();
+        now.len() >= before.len() && before.iter().map(read).eq(right.iter().cloned())
+    };
+    wait_until("they are made anew, the same as before", is_right);
+    drop(store);
+    assert!(!path.join("log/00000000000000ff.sum").exists() && !path.join("log/0000000000000001.sum.tmp").exists());
+    assert_holds(&open_at_once(&path, 2), &held);
+}
+
+#[test]
+fn a_histogram_that_is_wrong_drops_nothing_and_is_corrected() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data");
+    let held = filled(&path, 300);
+    let before = summaries(&path);
+    let right: Vec<_> = before.iter().map(|file| std::fs::read(file).unwrap()).collect();
+    for (file, right) in before.iter().zip(&right) {
+        // The last bucket of one or more: everything is said to have expired at time 1.
+        let mut bytes = right.clone();
+        let width = u64::from_le_bytes(bytes[60..68].try_into().unwrap());
+        let buckets = u64::from_le_bytes(bytes[68..76].try_into().unwrap());
+        if buckets != 1 {
+            continue;
+        }
+        assert_eq!(width, 1);
+        bytes.truncate(bytes.len() - 8);
+        bytes[76..84].copy_from_slice(&1_u64.to_le_bytes());
+        bytes.extend_from_slice(&xxhash_rust::xxh3::xxh3_64(&bytes).to_le_bytes());
+        std::fs::write(file, bytes).unwrap();
+    }
+    let store = open_at_once(&path, 2);
+    runtime().block_on(sweep_all(&store, 6000));
+    assert_holds(&store, &held);
+    drop(store);
+    assert_holds(&open(&path), &held);
+}
+
+/// Opens a store with damage that a start does not see, and waits until it has been found.
+fn assert_found(path: &Path, segment: &Path, held: &BTreeMap<u64, Entry>) {
+    let store = open_at_once(path, 2);
+    runtime().block_on(async {
+        for (n, entry) in held {
+            match store.get(id(*n)).await {
+                Ok(found) => assert_eq!(found.as_ref(), Some(entry), "record {n}"),
+                Err(StoreError::Damaged { .. }) => {}
+                Err(error) => panic!("record {n}: {error}"),
+            }
+        }
+    });
+    wait_until("the damage is found", || store.status().health == Health::Failed);
+    drop(store);
+    // Summary or not, from now on it is refused.
+    for tuning in [small(), at_once(2)] {
+        match Embedded::open_tuned(&options(path), tuning) {
+            Err(OpenError::Damaged { path, .. }) => assert_eq!(path, segment),
+            Err(error) => panic!("{error}"),
+            Ok(_) => panic!("it was opened"),
+        }
+    }
+}
+
+#[test]
+fn a_large_log_is_verified_while_the_store_serves() {
+    let dir = tempfile::tempdir().unwrap();
+    let original = dir.path().join("data");
+    let held = filled(&original, 300);
+    let copy = |name: &str| {
+        let path = dir.path().join(name);
+        copy_dir(&original, &path);
+        let segment = summaries(&path)[3].with_extension("seg");
+        (path, segment)
+    };
+    let refused = |path: &Path| match Embedded::open_tuned(&options(path), at_once(2)) {
+        Ok(_) => panic!("it was opened"),
+        Err(error) => error,
+    };
+
+    // In the middle of a segment: found while the store serves. What is served is right, or an error.
+    let (path, segment) = copy("middle");
+    flip(&segment, 1000);
+    assert_found(&path, &segment, &held);
+
+    // Where it begins, and where it ends: seen at once.
+    for (name, offset) in [("first", 64 + 10), ("header", 20)] {
+        let (path, segment) = copy(name);
+        flip(&segment, offset);
+        assert!(matches!(refused(&path), OpenError::Damaged { path, .. } if path == segment), "{name}");
+    }
+    let (path, segment) = copy("cut");
+    let file = std::fs::OpenOptions::new().write(true).open(&segment).unwrap();
+    file.set_len(file.metadata().unwrap().len() - 8).unwrap();
+    assert!(matches!(refused(&path), OpenError::Damaged { path, .. } if path == segment));
+
+    // A segment that is missing, or stands in another's place.
+    let (path, segment) = copy("missing");
+    std::fs::remove_file(&segment).unwrap();
+    assert!(matches!(refused(&path), OpenError::SegmentMissing { path, .. } if path == segment));
+    let (path, segment) = copy("exchanged");
+    std::fs::copy(summaries(&path)[4].with_extension("seg"), &segment).unwrap();
+    assert!(matches!(refused(&path), OpenError::Damaged { path, .. } if path == segment));
+
+    // Without its index, all of the log is read.
+    let (path, segment) = copy("rebuilt");
+    flip(&segment, 1000);
+    std::fs::remove_dir_all(path.join("index")).unwrap();
+    assert!(matches!(refused(&path), OpenError::Damaged { path, .. } if path == segment));
+}
+
+#[test]
+fn damage_in_what_a_start_replays_is_refused_however_large_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data");
+    let store = open(&path);
+    runtime().block_on(async {
+        // A claim that lasts: replay begins there.
+        put(&store, 1_000_000, None, value(CLAIMED, None, "for long"), 1000).await;
+        for n in 0..300 {
+            pair(&store, n, FAR, 1000 + n).await;
+        }
+    });
+    store.close();
+    drop(store);
+    let segment = summaries(&path)[3].with_extension("seg");
+    flip(&segment, 1000);
+    match Embedded::open_tuned(&options(&path), at_once(2)) {
+        Err(OpenError::Damaged { path, .. }) => assert_eq!(path, segment),
+        Err(error) => panic!("{error}"),
+        Ok(_) => panic!("it was opened"),
+    }
 }
 
 #[test]
