@@ -70,7 +70,8 @@ fn bulk(shared: &Shared) -> Result<(), String> {
 /// Writes summaries of the segments that have been sealed.
 fn summarise(shared: &Shared) {
     let mut state = shared.state();
-    let sealed = state.segments.values_mut().filter_map(|state| Some((state.segment.clone(), state.unsummarised.take()?)));
+    let sealed =
+        state.segments.values_mut().filter_map(|state| Some((state.segment.clone(), state.unsummarised.take()?)));
     let sealed: Vec<_> = sealed.collect();
     drop(state);
     for (segment, verified) in sealed {

@@ -175,7 +175,6 @@ fn read_log(options: &Options, log_dir: &Path, settings: &Settings, tuning: Tuni
         Err(source) => return Err(io_error("read", &head_file)(source)),
     };
     let (segments, interrupted) = open_segments(log_dir, &head, settings.id)?;
-<<<<<<< ours
     summary::tidy(log_dir, &segments).map_err(io_error("tidy", log_dir))?;
     let Reading { verified, index, unverified, unsummarised } =
         verify::read_all(&segments, log_dir, options, settings.id, tuning)?;
@@ -229,7 +228,6 @@ fn open_segments(log_dir: &Path, head: &Head, store: StoreId) -> Result<(Vec<Seg
     Ok((segments, None))
 }
 
-<<<<<<< ours
 /// The segments in use, and the spare one; whether that is blank.
 type Judged = (Vec<(Segment, Verified)>, Option<(Segment, bool)>);
 

@@ -68,8 +68,12 @@ pub(super) fn read_all(
         index.join().unwrap_or_else(|_| Err(IndexError("opening it has panicked".to_owned())))
     });
     let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let mut reading =
-        Reading { verified: Vec::with_capacity(segments.len()), index, unverified: Vec::new(), unsummarised: BTreeMap::new() };
+    let mut reading = Reading {
+        verified: Vec::with_capacity(segments.len()),
+        index,
+        unverified: Vec::new(),
+        unsummarised: BTreeMap::new(),
+    };
     for (at, (segment, noted)) in segments.iter().zip(noted).enumerate() {
         let verified = match (results.remove(&at), noted) {
             (Some(read), noted) => {
