@@ -10,6 +10,8 @@
 //! - `ONCEGATE_SCALE_ENGINE`: `sled`, `fjall`, or both one after the other
 //! - `ONCEGATE_SCALE_DIR`: where; the system's directory for temporary files otherwise. Takes about 1 KiB a record.
 //! - `ONCEGATE_SCALE_EXPIRING`, `ONCEGATE_SCALE_CHURNING`: how many expire, how many are kept alive (a tenth of the records)
+//! - `ONCEGATE_SCALE_FILL`: `relaxed` fills without a flush per group, and in larger groups; all else is `strict`
+//! - `ONCEGATE_SCALE_MEMTABLE`: bytes that fjall gathers in memory, to try others than the built-in
 //! - `ONCEGATE_SCALE_PHASES`: some of `fill,restart,serve,expire,churn` (all)
 //!
 //! CPU time is that of the whole process, all threads: the store's, the engine's, and the 64 tasks that write. The page
@@ -18,7 +20,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::print_stdout, clippy::panic)]
 
 use bytes::Bytes;
-use oncegate::store::embedded::{Durability, Embedded, Engine, Options};
+use oncegate::store::embedded::{Durability, Embedded, Engine, Options, Tuning};
 use oncegate::store::{RecordId, Store, Swap, Tag, Urgency, Value};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -59,14 +61,15 @@ async fn pair(store: &Embedded, n: u64, now_ms: u64, expires_at_ms: u64) {
     assert!(matches!(swap, Swap::Done(_)));
 }
 
-/// Writes the records of a range, 64 at a time; `times` says when one is written and when it expires.
+/// Writes the records of a range, so many at a time; `times` says when one is written and when it expires.
 async fn write(
     store: &Arc<Embedded>,
+    keys_going: u64,
     range: std::ops::Range<u64>,
     times: impl Fn(u64) -> (u64, u64) + Send + Sync + Clone + 'static,
 ) {
     let next = Arc::new(AtomicU64::new(range.start));
-    let tasks: Vec<_> = (0..KEYS_GOING)
+    let tasks: Vec<_> = (0..keys_going)
         .map(|_| {
             let (store, next, end, times) = (store.clone(), next.clone(), range.end, times.clone());
             tokio::spawn(async move {
@@ -126,13 +129,19 @@ struct Setting {
 }
 
 impl Setting {
-    fn options(&self, name: &str) -> Options {
-        let path = self.dir.join(name);
-        Options { path, engine: self.engine, create: true, min_free_bytes: 64 << 20, durability: Durability::Strict }
+    fn open(&self, name: &str) -> Arc<Embedded> {
+        self.open_with(name, Durability::Strict)
     }
 
-    fn open(&self, name: &str) -> Arc<Embedded> {
-        Arc::new(Embedded::open(&self.options(name)).unwrap())
+    fn open_with(&self, name: &str, durability: Durability) -> Arc<Embedded> {
+        let path = self.dir.join(name);
+        let (engine, min_free_bytes) = (self.engine, 64 << 20);
+        let options = Options { path, engine, create: true, min_free_bytes, durability };
+        let mut tuning = Tuning::default();
+        if let Some(bytes) = variable("MEMTABLE") {
+            tuning.memtable_bytes = bytes.parse().expect("bytes");
+        }
+        Arc::new(Embedded::open_tuned(&options, tuning).unwrap())
     }
 
     fn say(&self, phase: &str, text: &str) {
@@ -141,7 +150,10 @@ impl Setting {
 
     /// The curve: what a pair costs while the store grows from nothing.
     async fn fill(&self) {
-        let store = self.open("data");
+        let relaxed = variable("FILL").is_some_and(|value| value == "relaxed");
+        let (durability, keys_going) =
+            if relaxed { (Durability::Relaxed, 16 * KEYS_GOING) } else { (Durability::Strict, KEYS_GOING) };
+        let store = self.open_with("data", durability);
         // As large as a twentieth, and such that the first million is told apart.
         let step = (self.records / 20).clamp(1, 500_000);
         println!("curve,engine,records,cpu_us_per_pair,wall_us_per_pair,rss_mib,disk_bytes_per_record");
@@ -149,7 +161,7 @@ impl Setting {
         while done < self.records {
             let end = (done + step).min(self.records);
             let (started, cpu_before) = (Instant::now(), cpu());
-            write(&store, done..end, |n| (START_MS + n / 64, FAR)).await;
+            write(&store, keys_going, done..end, |n| (START_MS + n / 64, FAR)).await;
             let per_pair = |time: Duration| time.as_secs_f64() * 1e6 / (end - done) as f64;
             let (wall, cpu_used) = (per_pair(started.elapsed()), per_pair(cpu() - cpu_before));
             let (rss, bytes) = (proc_status_mib("VmRSS:"), store.status().disk_bytes / end);
@@ -237,7 +249,7 @@ impl Setting {
         self.say_rss("look up");
         let more = (self.records / 10).min(1_000_000);
         let (started, cpu_before) = (Instant::now(), cpu());
-        write(&store, SERVE..SERVE + more, |_| (START_MS, FAR)).await;
+        write(&store, KEYS_GOING, SERVE..SERVE + more, |_| (START_MS, FAR)).await;
         let per_pair = |time: Duration| time.as_secs_f64() * 1e6 / more as f64;
         let (cpu_used, wall) = (per_pair(cpu() - cpu_before), per_pair(started.elapsed()));
         self.say("write", &format!("{more} more: {cpu_used:.1} µs of CPU, {wall:.1} µs a pair"));
@@ -250,7 +262,8 @@ impl Setting {
         let store = self.open("data");
         compared(&store).await;
         let (begin_ms, many) = (START_MS + DAY_MS, self.expiring);
-        write(&store, EXPIRE..EXPIRE + many, move |n| (begin_ms, begin_ms + (n - EXPIRE) * 60_000 / many)).await;
+        write(&store, KEYS_GOING, EXPIRE..EXPIRE + many, move |n| (begin_ms, begin_ms + (n - EXPIRE) * 60_000 / many))
+            .await;
         let paced = Paced::start(&store, PACED, begin_ms);
         tokio::time::sleep(Duration::from_secs(10)).await;
         let before = paced.stop().await;
@@ -283,7 +296,7 @@ impl Setting {
             let range = live * step / steps..live * (step + 1) / steps;
             let time_ms = move |n: u64| START_MS + n * DAY_MS / live;
             let now_ms = time_ms(range.end);
-            write(&store, range, move |n| (time_ms(n), time_ms(n) + DAY_MS)).await;
+            write(&store, KEYS_GOING, range, move |n| (time_ms(n), time_ms(n) + DAY_MS)).await;
             while store.sweep(now_ms).await.unwrap() < Duration::from_millis(500) {}
             if step >= 2 * steps {
                 let status = store.status();

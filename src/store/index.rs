@@ -95,6 +95,16 @@ pub(crate) struct Located {
     pub(crate) expires_at_ms: u64,
 }
 
+/// What becomes of the entry under an id.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Change {
+    pub(crate) id: RecordId,
+    /// `None` removes it.
+    pub(crate) new: Option<Located>,
+    /// Nothing stands under the id: whoever wrote the entry has looked.
+    pub(crate) is_new: bool,
+}
+
 /// How far the index has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Checkpoint {
@@ -121,8 +131,8 @@ pub(crate) fn bucket(id: RecordId) -> usize {
 pub(crate) trait Index: Send + Sync {
     fn get(&self, id: RecordId) -> Result<Option<Located>, IndexError>;
 
-    /// Applies changes (`None` removes), sorted by id, then makes them and the checkpoint durable, in this order.
-    fn apply(&self, changes: &[(RecordId, Option<Located>)], checkpoint: Checkpoint) -> Result<(), IndexError>;
+    /// Applies changes, sorted by id, then makes them and the checkpoint durable, in this order.
+    fn apply(&self, changes: &[Change], checkpoint: Checkpoint) -> Result<(), IndexError>;
 
     /// The checkpoint; `None` if there is none or it is damaged.
     fn checkpoint(&self) -> Result<Option<Checkpoint>, IndexError>;

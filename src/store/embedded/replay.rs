@@ -113,7 +113,7 @@ fn rebuild(
         if state.waiting >= tuning.index_bulk {
             state.end = reached;
             let (mut changes, checkpoint) = indexer::take(state);
-            changes.sort_unstable_by_key(|(id, _)| *id);
+            changes.sort_unstable_by_key(|change| change.id);
             index.apply(&changes, checkpoint).map_err(no_index)?;
             indexer::settle(state, &changes);
         }

@@ -7,7 +7,7 @@
 //! never end once the threads that do it have died. Opening a damaged database may panic.
 
 use super::format::{State, border, decode, decode_checkpoint, encode, encode_checkpoint, hash};
-use super::{Checkpoint, Index, IndexError, Located, Tuning};
+use super::{Change, Checkpoint, Index, IndexError, Located, Tuning};
 use crate::store::RecordId;
 use crate::store::log::segment::StoreId;
 use fjall::compaction::Leveled;
@@ -131,15 +131,14 @@ impl Index for FjallIndex {
         }
     }
 
-    fn apply(&self, changes: &[(RecordId, Option<Located>)], checkpoint: Checkpoint) -> Result<(), IndexError> {
+    fn apply(&self, changes: &[Change], checkpoint: Checkpoint) -> Result<(), IndexError> {
         let mut state = self.state().clone();
         state.checkpoint = Some(checkpoint);
         self.guarded(|open| {
             open.wait_for_threads()?;
             let mut batch = OwnedWriteBatch::with_capacity(open.db.clone(), changes.len() + 1);
-            for (id, new) in changes {
-                // An absent one costs little: its filter tells.
-                if let Some(old) = open.entries.get(id.0)? {
+            for Change { id, new, is_new } in changes {
+                if !is_new && let Some(old) = open.entries.get(id.0)? {
                     state.subtract(*id, &old);
                 }
                 match new {

@@ -5,7 +5,7 @@
 //! silently give less than was written. Hence the checkpoint holds sums over all entries, which [`Index::check`] compares.
 
 use super::format::{State, border, decode, decode_checkpoint, encode, encode_checkpoint, hash};
-use super::{Checkpoint, Index, IndexError, Located};
+use super::{Change, Checkpoint, Index, IndexError, Located};
 use crate::store::RecordId;
 use crate::store::files;
 use crate::store::log::segment::StoreId;
@@ -121,14 +121,14 @@ impl Index for SledIndex {
         }
     }
 
-    fn apply(&self, changes: &[(RecordId, Option<Located>)], checkpoint: Checkpoint) -> Result<(), IndexError> {
+    fn apply(&self, changes: &[Change], checkpoint: Checkpoint) -> Result<(), IndexError> {
         let mut state = self.state().clone();
         if state.clean && !changes.is_empty() {
             state.clean = false;
             self.write_checkpoint(&state)?;
         }
         self.guarded(|trees| {
-            for (id, new) in changes {
+            for Change { id, new, .. } in changes {
                 let old = match new {
                     Some(located) => {
                         let value = encode(located);
@@ -216,7 +216,8 @@ mod tests {
         index.apply(&[], checkpoint).unwrap();
         let mut written = index.trees.as_ref().unwrap().meta.watch_prefix(CHECKPOINT);
         let located = Located { position, len: 8, tag: Tag(1), version: 3, expires_at_ms: 1000 };
-        index.apply(&[(RecordId([1; 16]), Some(located))], checkpoint).unwrap();
+        let change = Change { id: RecordId([1; 16]), new: Some(located), is_new: true };
+        index.apply(&[change], checkpoint).unwrap();
         let mut next = || match written.next_timeout(Duration::from_secs(20)).unwrap() {
             sled::Event::Insert { value, .. } => decode_checkpoint(&value, store).unwrap(),
             sled::Event::Remove { .. } => panic!("it is never removed"),

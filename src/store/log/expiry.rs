@@ -51,16 +51,19 @@ impl ExpiryHistogram {
         }
     }
 
-    /// Reads what [`Self::encode`] has written; `None` if it is malformed.
-    pub(crate) fn decode(fields: &mut Fields<'_>) -> Option<Self> {
+    /// Reads what [`Self::encode`] has written; `None` if it is malformed, or tells of more bytes than there can be.
+    pub(crate) fn decode(fields: &mut Fields<'_>, bytes_max: u64) -> Option<Self> {
         let (width_ms, len) = (fields.u64().filter(|&width| width > 0)?, fields.u64()?);
         let mut histogram = Self { width_ms, ..Self::default() };
+        let mut sum = 0_u64;
         for _ in 0..len.min(BUCKETS_MAX as u64 + 1) {
             let (number, entries, bytes) = (fields.u64()?, fields.u64()?, fields.u64()?);
             histogram.buckets.insert(number, (entries, bytes));
             histogram.entries = histogram.entries.checked_add(entries)?;
+            sum = sum.checked_add(bytes)?;
         }
-        (histogram.buckets.len() as u64 == len && histogram.buckets.len() <= BUCKETS_MAX).then_some(histogram)
+        let whole = histogram.buckets.len() as u64 == len && histogram.buckets.len() <= BUCKETS_MAX;
+        (whole && sum <= bytes_max && histogram.entries <= sum).then_some(histogram)
     }
 
     /// Bytes of entries that have not expired, or not long ago.
@@ -111,8 +114,9 @@ mod tests {
         assert_eq!(histogram.live_bytes(before), 0);
         let mut bytes = Vec::new();
         histogram.encode(&mut bytes);
-        assert_eq!(ExpiryHistogram::decode(&mut Fields(&bytes)), Some(histogram));
-        assert_eq!(ExpiryHistogram::decode(&mut Fields(&bytes[..bytes.len() - 1])), None);
+        assert_eq!(ExpiryHistogram::decode(&mut Fields(&bytes), 100_000), Some(histogram));
+        assert_eq!(ExpiryHistogram::decode(&mut Fields(&bytes), 99_999), None);
+        assert_eq!(ExpiryHistogram::decode(&mut Fields(&bytes[..bytes.len() - 1]), 100_000), None);
         // All but those that expired at time 0, before the first look.
         assert_eq!(counted, 9_999);
     }

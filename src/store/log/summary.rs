@@ -106,7 +106,7 @@ fn decode(body: &[u8], uid: u64) -> Option<Verified> {
     }
     let (end, first, last) = (fields.u64()?, fields.u64()?, fields.u64()?);
     let (next_version, newest_ms) = (fields.u64()?, fields.u64()?);
-    let expiry = ExpiryHistogram::decode(&mut fields).filter(|_| fields.0.is_empty())?;
+    let expiry = ExpiryHistogram::decode(&mut fields, end).filter(|_| fields.0.is_empty())?;
     Some(Verified {
         end,
         first_frame: Some(first),
