@@ -35,12 +35,21 @@ const RESPONSE: usize = 600;
 const FAR: u64 = 1 << 42;
 const START_MS: u64 = 1 << 40;
 const DAY_MS: u64 = 86_400_000;
-/// The ids of the phases do not overlap.
-const RESTART: u64 = 1 << 40;
-const SERVE: u64 = 2 << 40;
-const EXPIRE: u64 = 3 << 40;
-const PACED: u64 = 4 << 40;
-const ABSENT: u64 = 16 << 40;
+/// What records are written for. Those of one purpose are not those of another, nor those of an earlier run.
+enum Purpose {
+    Restart = 1,
+    Serve,
+    Expire,
+    Before,
+    During,
+    Absent,
+}
+
+/// The first of many numbers that no record bears yet.
+fn unused(purpose: Purpose) -> u64 {
+    let time = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap();
+    (purpose as u64) << 60 | (time.as_millis() as u64) << 18
+}
 
 fn id(n: u64) -> RecordId {
     RecordId(xxhash_rust::xxh3::xxh3_128(&n.to_le_bytes()).to_le_bytes())
@@ -203,10 +212,10 @@ impl Setting {
             compared(&waiting).await;
             started.elapsed()
         });
-        let (mut n, mut times) = (0, Vec::new());
+        let (first, mut n, mut times) = (unused(Purpose::Restart), 0, Vec::new());
         while !compared.is_finished() || n < 1000 {
             let begun = Instant::now();
-            pair(&store, RESTART + n, START_MS, FAR).await;
+            pair(&store, first + n, START_MS, FAR).await;
             times.push(begun.elapsed());
             n += 1;
         }
@@ -217,12 +226,11 @@ impl Setting {
             &format!("index compared {compared:.2?} after the start; meanwhile, one at a time: {times}"),
         );
         // As it was.
-        for n in RESTART..RESTART + n {
+        for n in first..first + n {
             let entry = store.get(id(n)).await.unwrap().unwrap();
             store.compare_and_swap(id(n), Some(entry.version), None, START_MS, Urgency::Settle).await.unwrap();
         }
         self.say_rss("restart");
-        assert_eq!(store.status().entries[1], self.records);
         store.close();
     }
 
@@ -230,7 +238,7 @@ impl Setting {
     async fn serve(&self) {
         let store = self.open("data");
         compared(&store).await;
-        let look_ups = self.records.min(100_000);
+        let (look_ups, absent) = (self.records.min(100_000), unused(Purpose::Absent));
         for present in [true, false] {
             let mut times = Vec::new();
             let cpu_before = cpu();
@@ -238,7 +246,7 @@ impl Setting {
                 // A walk through all of them in an order that is not theirs.
                 let n = n.wrapping_mul(0x9e37_79b9_7f4a_7c15) % self.records;
                 let begun = Instant::now();
-                let found = store.get(id(if present { n } else { n + ABSENT })).await.unwrap();
+                let found = store.get(id(if present { n } else { n + absent })).await.unwrap();
                 times.push(begun.elapsed());
                 assert_eq!(found.map(|entry| entry.value.bytes[..8] == n.to_le_bytes()), present.then_some(true));
             }
@@ -249,7 +257,8 @@ impl Setting {
         self.say_rss("look up");
         let more = (self.records / 10).min(1_000_000);
         let (started, cpu_before) = (Instant::now(), cpu());
-        write(&store, KEYS_GOING, SERVE..SERVE + more, |_| (START_MS, FAR)).await;
+        let first = unused(Purpose::Serve);
+        write(&store, KEYS_GOING, first..first + more, |_| (START_MS, FAR)).await;
         let per_pair = |time: Duration| time.as_secs_f64() * 1e6 / more as f64;
         let (cpu_used, wall) = (per_pair(cpu() - cpu_before), per_pair(started.elapsed()));
         self.say("write", &format!("{more} more: {cpu_used:.1} µs of CPU, {wall:.1} µs a pair"));
@@ -261,13 +270,13 @@ impl Setting {
     async fn expire(&self) {
         let store = self.open("data");
         compared(&store).await;
-        let (begin_ms, many) = (START_MS + DAY_MS, self.expiring);
-        write(&store, KEYS_GOING, EXPIRE..EXPIRE + many, move |n| (begin_ms, begin_ms + (n - EXPIRE) * 60_000 / many))
+        let (begin_ms, many, first) = (START_MS + DAY_MS, self.expiring, unused(Purpose::Expire));
+        write(&store, KEYS_GOING, first..first + many, move |n| (begin_ms, begin_ms + (n - first) * 60_000 / many))
             .await;
-        let paced = Paced::start(&store, PACED, begin_ms);
+        let paced = Paced::start(&store, unused(Purpose::Before), begin_ms);
         tokio::time::sleep(Duration::from_secs(10)).await;
         let before = paced.stop().await;
-        let paced = Paced::start(&store, 2 * PACED, begin_ms);
+        let paced = Paced::start(&store, unused(Purpose::During), begin_ms);
         let (started, swept_before) = (Instant::now(), store.status().swept);
         let cpu_before = cpu();
         while store.status().swept - swept_before < many {
