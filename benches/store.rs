@@ -2,12 +2,13 @@
 //!
 //! One producer keeps 64 keys going, each claimed (150 bytes) and then completed (600 bytes); then the store is closed
 //! and opened again with all its records. Environment: `ONCEGATE_BENCH_RECORDS` (1,000,000), `ONCEGATE_BENCH_DIR` (the
-//! system's directory for temporary files), `ONCEGATE_BENCH_DURABILITY` (`strict` or `relaxed`).
+//! system's directory for temporary files), `ONCEGATE_BENCH_DURABILITY` (`strict` or `relaxed`), `ONCEGATE_BENCH_ENGINE` (`sled`
+//! or `fjall`).
 //! CPU time is that of the whole process, all threads. Compare ratios on one machine, not figures between machines.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::print_stdout)]
 
 use bytes::Bytes;
-use oncegate::store::embedded::{Durability, Embedded, Options};
+use oncegate::store::embedded::{Durability, Embedded, Engine, Options};
 use oncegate::store::{RecordId, Store, Swap, Tag, Urgency, Value};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -56,11 +57,13 @@ fn main() {
     let records: u64 = records.unwrap_or(if quick { 1000 } else { 1_000_000 });
     let relaxed = std::env::var("ONCEGATE_BENCH_DURABILITY").is_ok_and(|value| value == "relaxed");
     let durability = if relaxed { Durability::Relaxed } else { Durability::Strict };
+    let fjall = std::env::var("ONCEGATE_BENCH_ENGINE").is_ok_and(|value| value == "fjall");
+    let engine = if fjall { Engine::Fjall } else { Engine::Sled };
     let dir = match std::env::var_os("ONCEGATE_BENCH_DIR") {
         Some(dir) => tempfile::tempdir_in(dir).unwrap(),
         None => tempfile::tempdir().unwrap(),
     };
-    let options = Options { path: dir.path().join("data"), create: true, min_free_bytes: 64 << 20, durability };
+    let options = Options { path: dir.path().join("data"), engine, create: true, min_free_bytes: 64 << 20, durability };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
 
     let store = Arc::new(Embedded::open(&options).unwrap());
@@ -88,7 +91,7 @@ fn main() {
     let (elapsed, cpu_used) = (started.elapsed(), cpu() - cpu_before);
     let status = store.status();
     assert_eq!(status.entries[1], records);
-    println!("{records} pairs, {durability:?}, {KEYS_GOING} keys going");
+    println!("{engine:?}: {records} pairs, {durability:?}, {KEYS_GOING} keys going");
     println!(
         "| pairs/s | CPU µs per pair | bytes to disk per pair | log bytes per pair | writes per batch | RSS MiB |"
     );

@@ -344,7 +344,9 @@ pub enum LogFormat {
 /// Sends log lines to standard error; `RUST_LOG` selects them (default `info`). Does nothing if a subscriber is set.
 pub fn init_logging(format: LogFormat) {
     use tracing_subscriber::{EnvFilter, fmt};
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    // fjall tells each step of its opening.
+    let default = || EnvFilter::new("info,fjall=warn,lsm_tree=warn");
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| default());
     let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
     let _ = match format {
         LogFormat::Text => builder.with_ansi(false).try_init(),

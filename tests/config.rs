@@ -151,7 +151,6 @@ const ERRORS: &[(&str, &str, &str)] = &[
     ("idempotency.probe.path = \"/a\"", "f.toml:1: idempotency.probe: ", "not built yet"),
     ("idempotency.mode = \"observe\"", "f.toml:1: idempotency.mode: ", "not built yet"),
     ("[auth]", "f.toml:1: auth: ", "not built yet"),
-    ("store.engine = \"fjall\"", "f.toml:1: store.engine: ", "not built yet"),
     ("store.engine = \"redis\"", "f.toml:1: store.engine: ", "not built yet"),
     ("store.engine = \"postgres\"", "f.toml:1: store.engine: ", "not built yet"),
     ("store.url = \"redis://a\"", "f.toml:1: store.url: ", "not built yet"),

@@ -1,6 +1,6 @@
 //! `kill -9` under load: no key is executed twice, and nothing that a client has seen is forgotten.
 //!
-//! `ONCEGATE_KILLS` says how often (20), `ONCEGATE_SEED` repeats a run's choices.
+//! `ONCEGATE_KILLS` says how often (20, or 8 with fjall), `ONCEGATE_SEED` repeats a run's choices.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stderr)]
 
@@ -308,8 +308,13 @@ fn seed() -> u64 {
 }
 
 /// Puts load on a gateway while `disturb` makes it die and starts it again, and then audits.
-fn under_load(what: &str, settings: &str, mut disturb: impl FnMut(&World, Gateway, &mut Random) -> (Gateway, u64)) {
-    let rounds = number("ONCEGATE_KILLS").unwrap_or(20);
+fn under_load(
+    what: &str,
+    settings: &str,
+    rounds: u64,
+    mut disturb: impl FnMut(&World, Gateway, &mut Random) -> (Gateway, u64),
+) {
+    let rounds = number("ONCEGATE_KILLS").unwrap_or(rounds);
     let world = World::new(seed());
     let upstream = world.upstream();
     let mut random = Random(world.seed);
@@ -375,10 +380,29 @@ fn kill_at_a_random_instant(world: &World, mut gateway: Gateway, random: &mut Ra
 
 #[test]
 fn kill_9_at_random_instants_executes_nothing_twice_and_forgets_nothing() {
-    under_load("kill -9", "", kill_at_a_random_instant);
+    under_load("kill -9", "", 20, kill_at_a_random_instant);
 }
 
 #[test]
 fn kill_9_without_a_hot_cache_and_with_relaxed_durability() {
-    under_load("kill -9, relaxed", "cache.max_bytes = 0\nstore.durability = \"relaxed\"", kill_at_a_random_instant);
+    let settings = "cache.max_bytes = 0\nstore.durability = \"relaxed\"";
+    under_load("kill -9, relaxed", settings, 20, kill_at_a_random_instant);
+}
+
+#[test]
+fn kill_9_with_fjall_executes_nothing_twice_and_forgets_nothing() {
+    under_load("kill -9, fjall", "cache.max_bytes = 0\nstore.engine = \"fjall\"", 8, kill_at_a_random_instant);
+}
+
+/// Each start has another engine than the one before: its index is made anew from the log.
+#[test]
+fn kill_9_between_changes_of_the_engine_forgets_nothing() {
+    under_load("kill -9, changing engines", "cache.max_bytes = 0", 8, |world, gateway, random| {
+        let config = gateway.dir().path().join("config.toml");
+        let text = std::fs::read_to_string(&config).unwrap();
+        let (from, to) = ("store.engine = \"fjall\"\n", "");
+        let changed = if text.contains(from) { text.replace(from, to) } else { format!("{from}{text}") };
+        std::fs::write(&config, changed).unwrap();
+        kill_at_a_random_instant(world, gateway, random)
+    });
 }

@@ -6,7 +6,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use bytes::Bytes;
-use oncegate::store::embedded::{Durability, Embedded, Options, Tuning};
+use oncegate::store::embedded::{Durability, Embedded, Engine, Options, Tuning};
 use oncegate::store::{Health, RecordId, Store, StoreError, Swap, Tag, Urgency, Value, Version};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -19,6 +19,7 @@ use std::time::Duration;
 
 const PATH: &str = "ONCEGATE_TEST_POWER_CUT_PATH";
 const FIRST: &str = "ONCEGATE_TEST_POWER_CUT_FIRST";
+const ENGINE: &str = "ONCEGATE_TEST_POWER_CUT_ENGINE";
 const RELAXED: &str = "ONCEGATE_TEST_POWER_CUT_RELAXED";
 const CLAIMED: Tag = Tag(0);
 const COMPLETED: Tag = Tag(1);
@@ -31,14 +32,16 @@ fn tuning() -> Tuning {
         segment_bytes_min: 32 << 10,
         segment_bytes_max: 128 << 10,
         index_bulk: 50,
+        memtable_bytes: 64 << 10,
         replay_bytes: 256 << 10,
+        verify_first_bytes: 0,
         survey_first_max: 0,
         survey_threads: 2,
     }
 }
 
-fn open(path: &Path, durability: Durability) -> Result<Embedded, oncegate::store::OpenError> {
-    let options = Options { path: path.to_owned(), create: true, min_free_bytes: 1 << 20, durability };
+fn open(path: &Path, engine: Engine, durability: Durability) -> Result<Embedded, oncegate::store::OpenError> {
+    let options = Options { path: path.to_owned(), engine, create: true, min_free_bytes: 1 << 20, durability };
     Embedded::open_tuned(&options, tuning())
 }
 
@@ -60,7 +63,8 @@ fn completed(n: u64, expires_at_ms: u64) -> Value {
 fn write_until_struck(path: &Path) {
     let first: u64 = std::env::var(FIRST).unwrap().parse().unwrap();
     let durability = if std::env::var_os(RELAXED).is_some() { Durability::Relaxed } else { Durability::Strict };
-    let store = Arc::new(open(path, durability).unwrap());
+    let engine = if std::env::var(ENGINE).unwrap() == "Fjall" { Engine::Fjall } else { Engine::Sled };
+    let store = Arc::new(open(path, engine, durability).unwrap());
     let next = Arc::new(AtomicU64::new(first));
     let (tell, told) = mpsc::channel::<String>();
     let teller = std::thread::spawn(move || {
@@ -207,10 +211,17 @@ enum Acknowledged {
 }
 
 /// Lets a process write, cuts the power, and returns what it had acknowledged, by key.
-fn strike(disk: &Disk, path: &Path, first: u64, after: Duration, relaxed: bool) -> BTreeMap<u64, Acknowledged> {
+fn strike(
+    disk: &Disk,
+    path: &Path,
+    engine: Engine,
+    first: u64,
+    after: Duration,
+    relaxed: bool,
+) -> BTreeMap<u64, Acknowledged> {
     let mut child = Command::new(std::env::current_exe().unwrap());
-    child.args(["--exact", "nothing_acknowledged_is_lost_in_a_power_cut", "--nocapture"]);
-    child.env(PATH, path).env(FIRST, first.to_string()).stdout(Stdio::piped());
+    child.args(["--exact", "with_sled_nothing_acknowledged_is_lost_in_a_power_cut", "--nocapture"]);
+    child.env(PATH, path).env(ENGINE, format!("{engine:?}")).env(FIRST, first.to_string()).stdout(Stdio::piped());
     if relaxed {
         child.env(RELAXED, "1");
     }
@@ -293,10 +304,20 @@ async fn verify(store: &Embedded, acknowledged: &BTreeMap<u64, Acknowledged>, no
 }
 
 #[test]
-fn nothing_acknowledged_is_lost_in_a_power_cut() {
-    if let Some(path) = std::env::var_os(PATH) {
-        return write_until_struck(Path::new(&path));
+fn with_sled_nothing_acknowledged_is_lost_in_a_power_cut() {
+    // The process that is struck is this one, started anew.
+    match std::env::var_os(PATH) {
+        Some(path) => write_until_struck(Path::new(&path)),
+        None => nothing_acknowledged_is_lost(Engine::Sled),
     }
+}
+
+#[test]
+fn with_fjall_nothing_acknowledged_is_lost_in_a_power_cut() {
+    nothing_acknowledged_is_lost(Engine::Fjall);
+}
+
+fn nothing_acknowledged_is_lost(engine: Engine) {
     let dir = tempfile::tempdir().unwrap();
     let Some(disk) = Disk::new(dir.path()) else {
         return skip("needs root, a loop device and ext4, to cut the power of a file system");
@@ -308,17 +329,17 @@ fn nothing_acknowledged_is_lost_in_a_power_cut() {
     for round in 0..14_u64 {
         // From the midst of its beginnings to after many retirements.
         let after = Duration::from_millis([0, 3, 40, 150, 400][(round % 5) as usize] + round * 7);
-        let new = strike(&disk, &path, first, after, false);
+        let new = strike(&disk, &path, engine, first, after, false);
         let count = new.len();
         let last = new.last_key_value().map_or(first, |(n, _)| *n);
         acknowledged.extend(new);
         // Keys that were begun and not acknowledged are not used again.
         first = last + 1000;
-        let store = open(&path, Durability::Strict).expect("it opens without an operator's hand");
+        let store = open(&path, engine, Durability::Strict).expect("it opens without an operator's hand");
         let (present, moved_on) = runtime.block_on(verify(&store, &acknowledged, first));
         let status = store.status();
         eprintln!(
-            "round {round}: {count} keys, {present} of {} present, {moved_on} had moved on; {} KiB, {:?}",
+            "{engine:?}, round {round}: {count} keys, {present} of {} present, {moved_on} had moved on; {} KiB, {:?}",
             acknowledged.len(),
             status.disk_bytes >> 10,
             status.entries,
@@ -328,7 +349,7 @@ fn nothing_acknowledged_is_lost_in_a_power_cut() {
         // And what has been removed, swept and retired stays accounted for.
         if round % 4 == 3 {
             std::fs::remove_dir_all(path.join("index")).unwrap();
-            let store = open(&path, Durability::Strict).unwrap();
+            let store = open(&path, engine, Durability::Strict).unwrap();
             runtime.block_on(verify(&store, &acknowledged, first));
         }
     }
@@ -337,6 +358,12 @@ fn nothing_acknowledged_is_lost_in_a_power_cut() {
 /// Relaxed durability may lose the last writes in a power cut, but the store opens by itself, and goes on.
 #[test]
 fn a_relaxed_store_opens_after_a_power_cut() {
+    for engine in [Engine::Sled, Engine::Fjall] {
+        a_relaxed_store_opens(engine);
+    }
+}
+
+fn a_relaxed_store_opens(engine: Engine) {
     let dir = tempfile::tempdir().unwrap();
     let Some(disk) = Disk::new(dir.path()) else {
         return skip("needs root, a loop device and ext4, to cut the power of a file system");
@@ -345,9 +372,9 @@ fn a_relaxed_store_opens_after_a_power_cut() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let mut first = 0;
     for round in 0..6_u64 {
-        let new = strike(&disk, &path, first, Duration::from_millis(50 + round * 60), true);
+        let new = strike(&disk, &path, engine, first, Duration::from_millis(50 + round * 60), true);
         first = new.last_key_value().map_or(first, |(n, _)| *n) + 1000;
-        let store = open(&path, Durability::Relaxed).expect("it opens without an operator's hand");
+        let store = open(&path, engine, Durability::Relaxed).expect("it opens without an operator's hand");
         runtime.block_on(async {
             for n in new.keys() {
                 store.get(id(*n)).await.unwrap();

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 use bytes::Bytes;
-use oncegate::store::embedded::{Durability, Embedded, Options, Tuning};
+use oncegate::store::embedded::{Durability, Embedded, Engine, Options, Tuning};
 use oncegate::store::memory::Memory;
 use oncegate::store::{Entry, Health, RecordId, Store, StoreError, Swap, Tag, Urgency, Value, Version};
 use std::collections::HashSet;
@@ -33,6 +33,7 @@ impl Backend for InMemory {
 
 struct OnDisk {
     dir: TempDir,
+    engine: Engine,
     durability: Durability,
     tuning: Tuning,
 }
@@ -41,14 +42,15 @@ impl Backend for OnDisk {
     type Store = Embedded;
     fn open(&self) -> Embedded {
         let path = self.dir.path().join("data");
-        let options = Options { path, create: true, min_free_bytes: 0, durability: self.durability };
+        let (engine, durability) = (self.engine, self.durability);
+        let options = Options { path, engine, create: true, min_free_bytes: 0, durability };
         Embedded::open_tuned(&options, self.tuning).unwrap()
     }
     const DURABLE: bool = true;
 }
 
-fn on_disk(durability: Durability, tuning: Tuning) -> OnDisk {
-    OnDisk { dir: tempfile::tempdir().unwrap(), durability, tuning }
+fn on_disk(engine: Engine, durability: Durability, tuning: Tuning) -> OnDisk {
+    OnDisk { dir: tempfile::tempdir().unwrap(), engine, durability, tuning }
 }
 
 /// So small that a few entries fill a segment and a bulk.
@@ -57,7 +59,9 @@ fn small() -> Tuning {
         segment_bytes_min: 4096,
         segment_bytes_max: 16384,
         index_bulk: 4,
+        memtable_bytes: 32 << 10,
         replay_bytes: 16384,
+        verify_first_bytes: u64::MAX,
         survey_first_max: u64::MAX,
         survey_threads: 2,
     }
@@ -441,28 +445,46 @@ mod memory {
     suite_for_all!(InMemory);
 }
 
-mod embedded_strict {
+mod sled_strict {
     use super::*;
-    suite_for_all!(on_disk(Durability::Strict, Tuning::default()));
-    suite!(on_disk(Durability::Strict, Tuning::default()); reopening_keeps_everything);
+    suite_for_all!(on_disk(Engine::Sled, Durability::Strict, Tuning::default()));
+    suite!(on_disk(Engine::Sled, Durability::Strict, Tuning::default()); reopening_keeps_everything);
 }
 
-mod embedded_relaxed {
+mod sled_relaxed {
     use super::*;
-    suite_for_all!(on_disk(Durability::Relaxed, Tuning::default()));
-    suite!(on_disk(Durability::Relaxed, Tuning::default()); reopening_keeps_everything);
+    suite_for_all!(on_disk(Engine::Sled, Durability::Relaxed, Tuning::default()));
+    suite!(on_disk(Engine::Sled, Durability::Relaxed, Tuning::default()); reopening_keeps_everything);
 }
 
-mod embedded_small {
+mod sled_small {
     use super::*;
-    suite_for_all!(on_disk(Durability::Strict, small()));
-    suite!(on_disk(Durability::Strict, small()); reopening_keeps_everything);
+    suite_for_all!(on_disk(Engine::Sled, Durability::Strict, small()));
+    suite!(on_disk(Engine::Sled, Durability::Strict, small()); reopening_keeps_everything);
 }
 
-mod embedded_small_relaxed {
+mod sled_small_relaxed {
     use super::*;
-    suite_for_all!(on_disk(Durability::Relaxed, small()));
-    suite!(on_disk(Durability::Relaxed, small()); reopening_keeps_everything);
+    suite_for_all!(on_disk(Engine::Sled, Durability::Relaxed, small()));
+    suite!(on_disk(Engine::Sled, Durability::Relaxed, small()); reopening_keeps_everything);
+}
+
+mod fjall_strict {
+    use super::*;
+    suite_for_all!(on_disk(Engine::Fjall, Durability::Strict, Tuning::default()));
+    suite!(on_disk(Engine::Fjall, Durability::Strict, Tuning::default()); reopening_keeps_everything);
+}
+
+mod fjall_small {
+    use super::*;
+    suite_for_all!(on_disk(Engine::Fjall, Durability::Strict, small()));
+    suite!(on_disk(Engine::Fjall, Durability::Strict, small()); reopening_keeps_everything);
+}
+
+mod fjall_small_relaxed {
+    use super::*;
+    suite_for_all!(on_disk(Engine::Fjall, Durability::Relaxed, small()));
+    suite!(on_disk(Engine::Fjall, Durability::Relaxed, small()); reopening_keeps_everything);
 }
 
 /// The store that the configuration asks for is the one that is opened.
@@ -470,14 +492,24 @@ mod embedded_small_relaxed {
 async fn any_store_delegates() {
     use oncegate::store::{AnyStore, Options as StoreOptions};
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("data");
-    let embedded = Options { path: path.clone(), create: true, min_free_bytes: 0, durability: Durability::Strict };
-    for options in [StoreOptions::Memory, StoreOptions::Embedded(embedded)] {
+    let embedded = |engine: Engine| {
+        let path = dir.path().join(format!("{engine:?}"));
+        StoreOptions::Embedded(Options {
+            path,
+            engine,
+            create: true,
+            min_free_bytes: 0,
+            durability: Durability::Strict,
+        })
+    };
+    for options in [StoreOptions::Memory, embedded(Engine::Sled), embedded(Engine::Fjall)] {
         let store = AnyStore::open(&options).unwrap();
         let version = put(&store, id(1), None, value(CLAIMED, None, "x"), 10).await;
         assert_eq!(store.get(id(1)).await.unwrap().unwrap().version, version);
         assert_eq!(store.unexpiring().unwrap().len(), 1);
         store.close();
     }
-    assert!(path.join("log").is_dir());
+    for (engine, name) in [("Sled", "sled"), ("Fjall", "fjall")] {
+        assert_eq!(std::fs::read_to_string(dir.path().join(engine).join("index/engine")).unwrap(), name);
+    }
 }

@@ -2,14 +2,14 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use oncegate::store::embedded::{Durability, Embedded, Options};
+use oncegate::store::embedded::{Durability, Embedded, Engine, Options};
 use oncegate::store::log::frame_around;
 use std::os::unix::fs::FileExt;
 
 fuzz_target!(|data: &[u8]| {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("data");
-    let options = Options { path: path.clone(), create: true, min_free_bytes: 0, durability: Durability::Strict };
+    let options = Options { path: path.clone(), engine: Engine::Sled, create: true, min_free_bytes: 0, durability: Durability::Strict };
     drop(Embedded::open(&options).unwrap());
     let segment = path.join("log").join(format!("{:016x}.seg", 1));
     let file = std::fs::OpenOptions::new().read(true).write(true).open(segment).unwrap();

@@ -251,22 +251,25 @@ fn cache_section(node: Option<Node>, errors: &mut Errors) -> ledger::Options {
 
 #[derive(Clone, Copy)]
 enum Engine {
-    Sled,
+    Embedded(store::embedded::Engine),
     Memory,
     NotBuilt,
 }
 
 fn store_section(node: Option<Node>, errors: &mut Errors) -> store::Options {
+    use store::embedded::Engine::{Fjall, Sled};
     let mut section = Section::new("store", node, errors);
     let engines = [
-        ("sled", Engine::Sled),
+        ("sled", Engine::Embedded(Sled)),
+        ("fjall", Engine::Embedded(Fjall)),
         ("memory", Engine::Memory),
-        ("fjall", Engine::NotBuilt),
         ("redis", Engine::NotBuilt),
         ("postgres", Engine::NotBuilt),
     ];
     let engine = section.read("engine", |value| match choice(&engines)(value)? {
-        Engine::NotBuilt => Err("this engine is not built yet in this version; use \"sled\" or \"memory\"".to_owned()),
+        Engine::NotBuilt => {
+            Err("this engine is not built yet in this version; use \"sled\", \"fjall\" or \"memory\"".to_owned())
+        }
         engine => Ok(engine),
     });
     let path = section.read("path", file);
@@ -282,15 +285,18 @@ fn store_section(node: Option<Node>, errors: &mut Errors) -> store::Options {
     });
     section.not_built("url");
     section.finish();
-    match engine.unwrap_or(Engine::Sled) {
-        Engine::Memory => store::Options::Memory,
-        Engine::Sled | Engine::NotBuilt => store::Options::Embedded(store::embedded::Options {
-            path: path.unwrap_or_else(|| PathBuf::from("data")),
-            create,
-            min_free_bytes,
-            durability,
-        }),
-    }
+    let engine = match engine.unwrap_or(Engine::Embedded(Sled)) {
+        Engine::Memory => return store::Options::Memory,
+        Engine::Embedded(engine) => engine,
+        Engine::NotBuilt => Sled,
+    };
+    store::Options::Embedded(store::embedded::Options {
+        engine,
+        path: path.unwrap_or_else(|| PathBuf::from("data")),
+        create,
+        min_free_bytes,
+        durability,
+    })
 }
 
 /// Also says where its address was written.

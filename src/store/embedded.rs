@@ -10,8 +10,14 @@
 //! Life of a write: it is queued; the committer compares it with what the store holds, appends it together with all
 //! that is queued as one frame, flushes once, makes it visible, and acknowledges. Entries that expire are moved to the
 //! index by the indexer later; those that never expire (claims) stay in memory and in the log alone. `sweep` drops what
-//! has expired and retires old segments. A start is always the same, whether after a clean stop or a power cut: the
-//! whole log is verified, and what lies behind the index's checkpoint is replayed.
+//! has expired and retires old segments. A start is always the same, whether after a clean stop or a power cut: the log is
+//! verified, and what lies behind the index's checkpoint is replayed.
+//!
+//! What exactly a start verifies: the header of each segment, that none is missing, and that the frames' numbers go on
+//! from each to the next; all frames and entries of the newest segments, 1 GiB together, and of those without a summary that
+//! agrees with their first and last frames; all that it replays, and all of the log if the index is rebuilt. Damage in any
+//! of that is a refusal. What remains of a larger log is verified while the store serves (`scrub`), and damage in it fails
+//! the store, which the next start then refuses. Whenever an entry is read its checksum is compared.
 //!
 //! A frame may share a disk sector with the acknowledged frame before it. That is safe on disks that write a sector
 //! whole or not at all, since the bytes of the earlier frame are written again unchanged.
@@ -21,13 +27,16 @@ mod error;
 mod indexer;
 mod recovery;
 mod replay;
+mod scrub;
 mod settings;
 mod space;
 mod state;
 mod survey;
 mod sweep;
+mod verify;
 
-use super::index::{Index, IndexError};
+pub use super::index::Engine;
+use super::index::{self, Index, IndexError};
 use super::log::frame::MAX_VALUE;
 use super::{Entry, Health, OLDEST_TRACKED, RecordId, Status, Store, StoreError, Swap, Tag, Urgency, Value, Version};
 use bytes::Bytes;
@@ -56,6 +65,8 @@ pub enum Durability {
 #[derive(Clone, Debug)]
 pub struct Options {
     pub path: PathBuf,
+    /// Of the index. Another one than before has it rebuilt from the log.
+    pub engine: Engine,
     /// `false`: a missing store is an error, not an empty one.
     pub create: bool,
     /// With less disk space than this free, new claims are refused.
@@ -71,8 +82,12 @@ pub struct Tuning {
     pub segment_bytes_max: u64,
     /// Settled entries that go to the index at once.
     pub index_bulk: usize,
+    /// Bytes of entries that fjall gathers in memory before it writes them to a table of its own.
+    pub memtable_bytes: u64,
     /// Bytes of log that a start may have to replay, roughly.
     pub replay_bytes: u64,
+    /// Bytes of log, the newest, that a start verifies; older segments that have a summary are verified afterwards.
+    pub verify_first_bytes: u64,
     /// An index of up to so many entries is walked through before the store is open, a larger one afterwards.
     pub survey_first_max: u64,
     /// Threads that walk through it afterwards.
@@ -85,7 +100,9 @@ impl Default for Tuning {
             segment_bytes_min: 1 << 20,
             segment_bytes_max: 64 << 20,
             index_bulk: 20_000,
+            memtable_bytes: 16 << 20,
             replay_bytes: 64 << 20,
+            verify_first_bytes: 1 << 30,
             survey_first_max: 100_000,
             survey_threads: 2,
         }
@@ -93,6 +110,10 @@ impl Default for Tuning {
 }
 
 impl Tuning {
+    fn index(&self) -> index::Tuning {
+        index::Tuning { memtable_bytes: self.memtable_bytes }
+    }
+
     fn segment_bytes(&self, log_bytes: u64) -> u64 {
         (log_bytes / 8).clamp(self.segment_bytes_min, self.segment_bytes_max.max(self.segment_bytes_min))
     }
@@ -232,7 +253,7 @@ pub struct Embedded {
 }
 
 impl Embedded {
-    /// Opens the store, or creates it. Blocks: it reads the whole log.
+    /// Opens the store, or creates it. Blocks: it reads up to 1 GiB of log, or all of it if the index is rebuilt.
     ///
     /// # Errors
     /// See [`OpenError`].
@@ -263,6 +284,9 @@ impl Embedded {
             for _ in 0..tuning.survey_threads {
                 store.spawn("oncegate-survey", |shared| shared.survey.run(shared))?;
             }
+        }
+        if !recovered.unverified.is_empty() {
+            store.spawn("oncegate-scrub", move |shared| scrub::run(shared, recovered.unverified))?;
         }
         let state = shared.state();
         let next = tuning.segment_bytes(state.log_bytes());

@@ -1,10 +1,87 @@
 //! The index of the embedded store: where in the log the settled record of an id stands. It is derived from the log
 //! and may be deleted at any time while the store is closed.
 
-pub(crate) mod sled;
+mod fjall;
+mod format;
+mod sled;
 
+use super::files;
+use super::log::segment::StoreId;
 use super::log::{LogPoint, Position};
 use super::{RecordId, Tag};
+use std::path::Path;
+
+/// What keeps the index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// A B-tree: for up to a few million live records.
+    Sled,
+    /// A log-structured merge tree: less memory, disk and time per record, the more the more there are.
+    Fjall,
+}
+
+impl Engine {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Sled => "sled",
+            Self::Fjall => "fjall",
+        }
+    }
+}
+
+/// A file that names the engine that made the index.
+const ENGINE: &str = "engine";
+/// A file that says: do not use this index.
+const CONDEMNED: &str = "condemned";
+
+/// Opens the index that stands at `path`.
+///
+/// # Errors
+/// If it cannot be used: it was condemned, another engine made it, or the engine cannot open it.
+pub(crate) fn open(path: &Path, engine: Engine, tuning: Tuning, store: StoreId) -> Result<Box<dyn Index>, IndexError> {
+    if path.join(CONDEMNED).exists() {
+        return Err(IndexError("it was found to be wrong while it was in use".to_owned()));
+    }
+    match std::fs::read(path.join(ENGINE)) {
+        Ok(made_by) if made_by == engine.name().as_bytes() => {}
+        Ok(made_by) => {
+            let made_by = String::from_utf8_lossy(&made_by);
+            return Err(IndexError(format!("{made_by:?} made it, and store.engine is {:?} now", engine.name())));
+        }
+        Err(error) => return Err(IndexError(format!("it does not tell which engine made it: {error}"))),
+    }
+    Ok(match engine {
+        Engine::Sled => Box::new(sled::SledIndex::open(path, store)?),
+        Engine::Fjall => Box::new(fjall::FjallIndex::open(path, tuning, store)?),
+    })
+}
+
+/// Creates an index where there is none.
+///
+/// # Errors
+/// If the engine cannot, or its files cannot be written or synced.
+pub(crate) fn create(
+    path: &Path,
+    engine: Engine,
+    tuning: Tuning,
+    store: StoreId,
+) -> Result<Box<dyn Index>, IndexError> {
+    files::create_dir(path)
+        .and_then(|()| files::replace(path, ENGINE, engine.name().as_bytes()))
+        .map_err(|error| IndexError(error.to_string()))?;
+    open(path, engine, tuning, store)
+}
+
+fn condemn(path: &Path) -> Result<(), IndexError> {
+    files::replace(path, CONDEMNED, b"").map_err(|error| IndexError(error.to_string()))
+}
+
+/// Sizes that tests make small.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tuning {
+    /// Bytes of entries that fjall gathers in memory before it writes them to a table.
+    pub(crate) memtable_bytes: u64,
+}
 
 /// What the index knows of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +93,16 @@ pub(crate) struct Located {
     pub(crate) version: u64,
     /// An index may round it up to seconds. The log has it exactly.
     pub(crate) expires_at_ms: u64,
+}
+
+/// What becomes of the entry under an id.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Change {
+    pub(crate) id: RecordId,
+    /// `None` removes it.
+    pub(crate) new: Option<Located>,
+    /// Nothing stands under the id: whoever wrote the entry has looked.
+    pub(crate) is_new: bool,
 }
 
 /// How far the index has come.
@@ -44,8 +131,8 @@ pub(crate) fn bucket(id: RecordId) -> usize {
 pub(crate) trait Index: Send + Sync {
     fn get(&self, id: RecordId) -> Result<Option<Located>, IndexError>;
 
-    /// Applies changes (`None` removes), sorted by id, then makes them and the checkpoint durable, in this order.
-    fn apply(&self, changes: &[(RecordId, Option<Located>)], checkpoint: Checkpoint) -> Result<(), IndexError>;
+    /// Applies changes, sorted by id, then makes them and the checkpoint durable, in this order.
+    fn apply(&self, changes: &[Change], checkpoint: Checkpoint) -> Result<(), IndexError>;
 
     /// The checkpoint; `None` if there is none or it is damaged.
     fn checkpoint(&self) -> Result<Option<Checkpoint>, IndexError>;
@@ -69,6 +156,10 @@ pub(crate) trait Index: Send + Sync {
     /// # Errors
     /// If that cannot be noted.
     fn condemn(&self) -> Result<(), IndexError>;
+
+    /// Bytes that have to be free on the disk before so many changes are applied, generously estimated: engines break
+    /// for good when they meet a full disk, so they must not.
+    fn room_for(&self, changes: usize) -> u64;
 
     /// Bytes on the disk.
     fn disk_bytes(&self) -> u64;

@@ -4,6 +4,7 @@ pub(crate) mod expiry;
 pub(crate) mod frame;
 pub(crate) mod scan;
 pub(crate) mod segment;
+pub(crate) mod summary;
 
 use crate::store::files::{self, Fields};
 use std::io;

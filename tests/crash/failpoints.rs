@@ -127,5 +127,5 @@ fn crashes_at_the_points_under_load_execute_nothing_twice_and_forget_nothing() {
         let point = format!("{}:{}", POINTS[random.below(4) as usize], 1 + random.below(60));
         (gateway.again(&[("ONCEGATE_FAILPOINT", &point)]).unwrap(), 1)
     };
-    under_load("failpoints", "", die_at_a_random_point);
+    under_load("failpoints", "", 20, die_at_a_random_point);
 }

@@ -7,6 +7,7 @@ use crate::store::log::expiry::ExpiryHistogram;
 use crate::store::log::frame::{
     ENTRY_HEADER, EntryRef, FLAG_RELAXED, FLAG_SEAL, FRAME_HEADER, FrameBuilder, Kind, MAX_VALUE, NEVER,
 };
+use crate::store::log::scan::{Tail, Verified};
 use crate::store::log::segment::{SEGMENT_HEADER, Segment, is_full};
 use crate::store::log::{LogPoint, Position};
 use crate::store::{Entry, RecordId, StoreError, Tag, Urgency, Value, Version};
@@ -405,6 +406,15 @@ impl Committer {
         let mut state = self.shared.state();
         if let Some(old) = state.segments.get_mut(&self.active.number) {
             (old.end, old.capacity) = (self.end, self.capacity);
+            old.unsummarised = Some(Verified {
+                end: old.end,
+                first_frame: Some(old.first_frame),
+                last_frame: Some((self.next_frame.saturating_sub(1), self.next_version)),
+                newest_ms,
+                sealed: true,
+                expiry: old.expiry.clone(),
+                tail: Tail::Clean,
+            });
         }
         state.segments.insert(
             segment.number,
@@ -415,6 +425,7 @@ impl Committer {
                 first_frame: self.next_frame,
                 first_version: self.next_version,
                 expiry: ExpiryHistogram::default(),
+                unsummarised: None,
                 swept_until_ms: 0,
             },
         );

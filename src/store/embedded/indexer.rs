@@ -2,8 +2,8 @@
 
 use super::state::State;
 use super::{Durability, Shared, Tuning};
-use crate::store::RecordId;
-use crate::store::index::{Checkpoint, Located};
+use crate::store::index::{Change, Checkpoint};
+use crate::store::log::summary;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ pub(super) fn run(shared: &Shared) {
         if state.stopping || shared.failed().is_some() {
             return;
         }
-        if !shared.space.index_may_grow(state.waiting) {
+        if !shared.space.index_may_grow(shared.index.room_for(state.waiting)) {
             // Claims are refused meanwhile, so that what waits stays bounded by what was begun.
             shared.indexed.notify_all();
             drop(shared.wake_indexer.wait_timeout(state, CHECK_EVERY));
@@ -48,7 +48,7 @@ fn bulk(shared: &Shared) -> Result<(), String> {
     let (mut changes, checkpoint) = take(&mut state);
     let active = state.segments.get(&state.end.position.segment).map(|segment| Arc::clone(&segment.segment));
     drop(state);
-    changes.sort_unstable_by_key(|(id, _)| *id);
+    changes.sort_unstable_by_key(|change| change.id);
     // The index must never know more than the disk: it would then claim that acknowledged entries are gone.
     if shared.options.durability == Durability::Relaxed {
         // Segments before the active one were flushed when they were sealed.
@@ -62,17 +62,38 @@ fn bulk(shared: &Shared) -> Result<(), String> {
         settle(&mut shared.state(), piece);
     }
     shared.indexed.notify_all();
+    summarise(shared);
     Ok(())
 }
 
+/// Writes summaries of the segments that have been sealed.
+fn summarise(shared: &Shared) {
+    let mut state = shared.state();
+    let sealed =
+        state.segments.values_mut().filter_map(|state| Some((state.segment.clone(), state.unsummarised.take()?)));
+    let sealed: Vec<_> = sealed.collect();
+    drop(state);
+    for (segment, verified) in sealed {
+        let written = summary::write(&shared.log_dir, &segment, &verified);
+        // If the segment has been retired meanwhile, its summary may have come too late to be deleted with it.
+        let retired = !shared.state().segments.contains_key(&segment.number);
+        let written = if retired { summary::remove(&shared.log_dir, segment.number) } else { written };
+        if let Err(error) = written {
+            // The next start takes longer, that is all.
+            tracing::debug!(%error, segment = %segment.path.display(), "cannot write a summary");
+        }
+    }
+}
+
 /// What the index has to learn, unsorted, and how far it will have come then.
-pub(super) fn take(state: &mut State) -> (Vec<(RecordId, Option<Located>)>, Checkpoint) {
+pub(super) fn take(state: &mut State) -> (Vec<Change>, Checkpoint) {
     let mut changes = Vec::with_capacity(state.waiting);
     for (id, slot) in &mut state.slots {
         if slot.for_index() {
+            let new = slot.live.as_ref().map(|live| live.located);
+            changes.push(Change { id: *id, new, is_new: !slot.in_index });
             // From now on the index may hold it: its removal must reach the index as well.
             slot.in_index = true;
-            changes.push((*id, slot.live.as_ref().map(|live| live.located)));
         }
     }
     state.waiting_bytes = 0;
@@ -83,8 +104,8 @@ pub(super) fn take(state: &mut State) -> (Vec<(RecordId, Option<Located>)>, Chec
 }
 
 /// Forgets what the index now holds, unless it has changed since.
-pub(super) fn settle(state: &mut State, changes: &[(RecordId, Option<Located>)]) {
-    for (id, new) in changes {
+pub(super) fn settle(state: &mut State, changes: &[Change]) {
+    for Change { id, new, .. } in changes {
         let Some(slot) = state.slots.get(id) else { continue };
         if slot.live.as_ref().map(|live| live.located) == *new {
             state.slots.remove(id);

@@ -1,7 +1,9 @@
 //! Opening: the same way after a clean stop, a killed process and a power cut.
 //!
 //! 1. lock, settings, head, segments: what must be there is there.
-//! 2. Verify every frame of every segment, in two threads, while the index is opened in a third.
+//! 2. (`verify`) Verify every frame of every segment, in two threads, while the index is opened in a third. Of a large
+//!    log only the newest part; what is older is taken at its summary's word now, and verified while the store serves
+//!    (`scrub`).
 //! 3. Judge: only what may be the torn end of a crash is cut off; anything else is refused.
 //! 4. (`replay`) Replay what lies behind the index's checkpoint into memory, or everything into a new index.
 //! 5. (`survey`) Compare the index with its checkpoint; a large one while the store serves already.
@@ -9,19 +11,18 @@
 use super::settings::{STORE_FILE, Settings};
 use super::space::{Space, Spare};
 use super::state::SegmentState;
-use super::{Counters, OpenError, Options, Shared, Tuning, index_dir, log_dir, replay};
+use super::verify::{self, Opening, Reading};
+use super::{Counters, OpenError, Options, Shared, Tuning, log_dir, replay};
 use crate::store::files;
-use crate::store::index::IndexError;
-use crate::store::index::sled::SledIndex;
 use crate::store::log::scan::{self, FrameReader, Tail, Verified};
 use crate::store::log::segment::{HeaderFault, SEGMENT_HEADER, Segment, StoreId};
-use crate::store::log::{HEAD_FILE, Head, LogPoint, Position};
+use crate::store::log::{HEAD_FILE, Head, LogPoint, Position, summary};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::Duration;
 
 /// A store that only lacks its threads.
@@ -31,6 +32,8 @@ pub(super) struct Recovered {
     pub(super) capacity: u64,
     pub(super) end: LogPoint,
     pub(super) next_version: u64,
+    /// Segments that were taken at their summary's word, oldest first.
+    pub(super) unverified: Vec<u32>,
 }
 
 pub(super) fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> OpenError + 'a {
@@ -46,7 +49,7 @@ pub(super) fn open(options: &Options, tuning: Tuning) -> Result<Recovered, OpenE
     files::create_dir(path).map_err(io_error("create", path))?;
     let lock = lock(path)?;
     let (settings, created) = settings(options, &log_dir, tuning)?;
-    let Log { head, mut segments, spare, end, next_version, newest_ms, index } =
+    let Log { head, mut segments, spare, end, next_version, newest_ms, index, unverified } =
         read_log(options, &log_dir, &settings, tuning)?;
 
     let (index, state, survey) = replay::index_and_state(options, tuning, &settings, head, &mut segments, end, index)?;
@@ -74,7 +77,7 @@ pub(super) fn open(options: &Options, tuning: Tuning) -> Result<Recovered, OpenE
         closing: AtomicBool::new(false),
         _lock: lock,
     };
-    Ok(Recovered { shared, active, capacity, end, next_version })
+    Ok(Recovered { shared, active, capacity, end, next_version, unverified })
 }
 
 const LOCK_ATTEMPTS: u32 = 20;
@@ -158,10 +161,8 @@ struct Log {
     next_version: u64,
     newest_ms: u64,
     index: Opening,
+    unverified: Vec<u32>,
 }
-
-/// The index, if there is one; why it cannot be used otherwise.
-pub(super) type Opening = Result<Option<SledIndex>, IndexError>;
 
 fn read_log(options: &Options, log_dir: &Path, settings: &Settings, tuning: Tuning) -> Result<Log, OpenError> {
     let head_file = log_dir.join(HEAD_FILE);
@@ -174,19 +175,23 @@ fn read_log(options: &Options, log_dir: &Path, settings: &Settings, tuning: Tuni
         Err(source) => return Err(io_error("read", &head_file)(source)),
     };
     let (segments, interrupted) = open_segments(log_dir, &head, settings.id)?;
-    let (verified, index) = verify_all(&segments, options, settings.id);
-    let mut verified_segments = Vec::with_capacity(segments.len());
-    for (segment, verified) in segments.into_iter().zip(verified) {
-        let verified = verified.map_err(io_error("read", &segment.path))?;
-        verified_segments.push((segment, verified));
-    }
+    summary::tidy(log_dir, &segments).map_err(io_error("tidy", log_dir))?;
+    let Reading { verified, index, unverified, unsummarised } =
+        verify::read_all(&segments, log_dir, options, settings.id, tuning)?;
+    let verified_segments = segments.into_iter().zip(verified).collect();
     let (judged, spare) = judge(log_dir, verified_segments, &head)?;
     if let Some(number) = interrupted {
         // Nothing was ever written to it: judge() has seen that the segment before it is not sealed.
         let path = log_dir.join(Segment::file_name(number));
         std::fs::remove_file(&path).map_err(io_error("delete", &path))?;
     }
-    finish(log_dir, judged, spare, head, index, tuning)
+    let mut log = finish(log_dir, judged, spare, head, index, tuning)?;
+    for (number, verified) in unsummarised {
+        if let Some(state) = log.segments.get_mut(&number) {
+            state.unsummarised = Some(verified);
+        }
+    }
+    Ok(Log { unverified, ..log })
 }
 
 /// Opens the segments that count. A last one whose creation was interrupted is told by its number instead.
@@ -223,33 +228,6 @@ fn open_segments(log_dir: &Path, head: &Head, store: StoreId) -> Result<(Vec<Seg
     Ok((segments, None))
 }
 
-/// Verifies all segments in two threads; the index is opened in a third.
-fn verify_all(segments: &[Segment], options: &Options, store: StoreId) -> (Vec<io::Result<Verified>>, Opening) {
-    let next = AtomicUsize::new(0);
-    let results: Mutex<Vec<(usize, io::Result<Verified>)>> = Mutex::new(Vec::with_capacity(segments.len()));
-    let work = || {
-        loop {
-            let at = next.fetch_add(1, Ordering::Relaxed);
-            let Some(segment) = segments.get(at) else { return };
-            let verified = scan::verify(segment, segment.uid);
-            results.lock().unwrap_or_else(PoisonError::into_inner).push((at, verified));
-        }
-    };
-    let index_path = index_dir(&options.path);
-    let index = std::thread::scope(|scope| {
-        let index = scope.spawn(|| match index_path.exists() {
-            true => SledIndex::open(&index_path, store).map(Some),
-            false => Ok(None),
-        });
-        scope.spawn(work);
-        work();
-        index.join().unwrap_or_else(|_| Err(IndexError("opening it has panicked".to_owned())))
-    });
-    let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
-    results.sort_by_key(|(at, _)| *at);
-    (results.into_iter().map(|(_, verified)| verified).collect(), index)
-}
-
 /// The segments in use, and the spare one; whether that is blank.
 type Judged = (Vec<(Segment, Verified)>, Option<(Segment, bool)>);
 
@@ -279,7 +257,7 @@ fn judge(log_dir: &Path, verified: Vec<(Segment, Verified)>, head: &Head) -> Res
                 let search = search.map_err(io_error("read", &spare.path))?;
                 let unused = unused.first_frame.is_none() && search.valid.is_none() && remaining.next().is_none();
                 if !unused {
-                    let why = tail_text(&verified.tail);
+                    let why = scan::tail_text(&verified.tail);
                     let detail = format!("{why}, but later segments hold entries");
                     return Err(damaged(path, verified.end, &detail));
                 }
@@ -298,14 +276,6 @@ fn judge(log_dir: &Path, verified: Vec<(Segment, Verified)>, head: &Head) -> Res
     ))
 }
 
-fn tail_text(tail: &Tail) -> &str {
-    match tail {
-        Tail::Clean => "the entries end here without a seal",
-        Tail::Invalid(why) => why,
-        Tail::Impossible(detail) => detail,
-    }
-}
-
 /// Cuts what is not a valid frame off the end of the segment that was written to, if nothing valid lies behind it.
 fn cut_torn_end(segment: &Segment, verified: &mut Verified) -> Result<(), OpenError> {
     let path = &segment.path;
@@ -314,7 +284,7 @@ fn cut_torn_end(segment: &Segment, verified: &mut Verified) -> Result<(), OpenEr
     if let Some((offset, header)) = search.valid {
         // Without a flush per frame, a power cut leaves any of them missing, and that was accepted.
         if !scan::is_relaxed(&header) {
-            let why = tail_text(&verified.tail);
+            let why = scan::tail_text(&verified.tail);
             return Err(damaged(path, verified.end, &format!("{why}, but a valid frame follows at offset {offset}")));
         }
         tracing::error!(
@@ -323,7 +293,7 @@ fn cut_torn_end(segment: &Segment, verified: &mut Verified) -> Result<(), OpenEr
         );
     } else if search.data {
         tracing::warn!(
-            segment = %path.display(), offset = verified.end, reason = tail_text(&verified.tail),
+            segment = %path.display(), offset = verified.end, reason = scan::tail_text(&verified.tail),
             "cut off the torn end of the log: writes that were under way when the process or the machine stopped"
         );
     }
@@ -366,6 +336,7 @@ fn finish(
             first_frame,
             first_version,
             expiry: verified.expiry,
+            unsummarised: None,
             swept_until_ms: 0,
         };
         segments.insert(number, state);
@@ -384,7 +355,7 @@ fn finish(
             }
         }
     };
-    Ok(Log { head, segments, spare, end: log, next_version, newest_ms, index })
+    Ok(Log { head, segments, spare, end: log, next_version, newest_ms, index, unverified: Vec::new() })
 }
 
 pub(super) fn damaged(path: &Path, offset: u64, detail: &str) -> OpenError {

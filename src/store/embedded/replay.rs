@@ -1,13 +1,13 @@
 //! The second half of opening: replays what lies behind the index's checkpoint into memory, or everything into a new
 //! index. The survey then tells what both hold together.
 
-use super::recovery::{Opening, damaged, io_error};
+use super::recovery::{damaged, io_error};
 use super::settings::Settings;
 use super::state::{Live, SegmentState, State};
 use super::survey::Survey;
-use super::{OpenError, Options, Tuning, index_dir, indexer, log_dir};
-use crate::store::index::sled::SledIndex;
-use crate::store::index::{Checkpoint, Index, IndexError, Located};
+use super::verify::Opening;
+use super::{Engine, OpenError, Options, Tuning, index_dir, indexer, log_dir};
+use crate::store::index::{self, Checkpoint, Index, IndexError, Located};
 use crate::store::log::frame::{self, FRAME_HEADER, Kind, NEVER};
 use crate::store::log::scan::{FrameReader, Scanned};
 use crate::store::log::segment::SEGMENT_HEADER;
@@ -36,7 +36,7 @@ pub(super) fn index_and_state(
     if path.exists() || end.frame > 1 {
         tracing::warn!(index = %path.display(), reason = why, "rebuilding the index from the log");
     }
-    rebuild(tuning, settings, head, std::mem::take(segments), end, &path)
+    rebuild(options.engine, tuning, settings, head, std::mem::take(segments), end, &path)
 }
 
 type Usable = (Box<dyn Index>, State, Survey);
@@ -75,8 +75,8 @@ fn use_index(
             let survey = Survey::begin(&mut state, index.is_certain());
             // A walk through a large index would take too long now.
             let later = index.entries() > tuning.survey_first_max;
-            match if later { Ok(()) } else { survey.complete(&index, &mut state) } {
-                Ok(()) => return Ok(Ok((Box::new(index), state, survey))),
+            match if later { Ok(()) } else { survey.complete(&*index, &mut state) } {
+                Ok(()) => return Ok(Ok((index, state, survey))),
                 Err(error) => error.to_string(),
             }
         }
@@ -91,6 +91,7 @@ fn log_start(head: &Head) -> Position {
 
 /// Builds a new index from the whole log.
 fn rebuild(
+    engine: Engine,
     tuning: Tuning,
     settings: &Settings,
     head: Head,
@@ -104,7 +105,7 @@ fn rebuild(
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         other => other.map_err(io_error("delete", path))?,
     }
-    let index = SledIndex::open(path, settings.id).map_err(no_index)?;
+    let index = index::create(path, engine, tuning.index(), settings.id).map_err(no_index)?;
     let begin = LogPoint { position: start, frame: head.first_frame };
     index.apply(&[], Checkpoint { replay_from: start, applied_to: begin }).map_err(no_index)?;
     let mut state = State::with(segments, end);
@@ -112,7 +113,7 @@ fn rebuild(
         if state.waiting >= tuning.index_bulk {
             state.end = reached;
             let (mut changes, checkpoint) = indexer::take(state);
-            changes.sort_unstable_by_key(|(id, _)| *id);
+            changes.sort_unstable_by_key(|change| change.id);
             index.apply(&changes, checkpoint).map_err(no_index)?;
             indexer::settle(state, &changes);
         }
@@ -120,8 +121,8 @@ fn rebuild(
     })?;
     state.end = end;
     let survey = Survey::begin(&mut state, index.is_certain());
-    survey.complete(&index, &mut state).map_err(no_index)?;
-    Ok((Box::new(index), state, survey))
+    survey.complete(&*index, &mut state).map_err(no_index)?;
+    Ok((index, state, survey))
 }
 
 type Progress<'a> = dyn FnMut(&mut State, LogPoint) -> Result<(), OpenError> + 'a;
@@ -133,27 +134,36 @@ fn replay(
     known: Option<LogPoint>,
     progress: &mut Progress<'_>,
 ) -> Result<bool, OpenError> {
-    let segments: Vec<_> =
-        state.segments.range(from.segment..).map(|(_, segment)| (segment.segment.clone(), segment.end)).collect();
+    let segments = state.segments.range(from.segment..);
+    let segments: Vec<_> = segments.map(|(_, state)| (state.segment.clone(), state.first_frame, state.end)).collect();
     // A place in a segment that has been retired meanwhile cannot be compared, and needs not be.
     let oldest = state.segments.first_key_value().map_or(0, |(&number, _)| number);
     let mut matches = known.is_none_or(|known| known.position.segment < oldest || known == state.end);
-    for (segment, end) in segments {
+    for (segment, first_frame, end) in segments {
+        let mut expected = first_frame;
         let mut reader = FrameReader::new(&*segment, segment.uid);
         let mut at = SEGMENT_HEADER;
         while at < end {
             let (header, payload) = match reader.frame(at).map_err(io_error("read", &segment.path))? {
                 Scanned::Frame(header, payload) => (header, payload),
-                // It was valid a moment ago.
-                _ => return Err(damaged(&segment.path, at, "a frame has changed while it was read")),
+                Scanned::Blank => return Err(damaged(&segment.path, at, "no frame stands here")),
+                Scanned::Invalid(why) => return Err(damaged(&segment.path, at, why)),
             };
+            // If it was verified at this start, that was seen then.
+            if header.number != expected {
+                let detail = format!("frame number {} where {expected} must follow", header.number);
+                return Err(damaged(&segment.path, at, &detail));
+            }
+            expected = expected.saturating_add(1);
             let position =
                 |offset: u64| Position { segment: segment.number, offset: u32::try_from(offset).unwrap_or(u32::MAX) };
             matches |= known == Some(LogPoint { position: position(at), frame: header.number });
             let next = at + (FRAME_HEADER + payload.len()) as u64;
             matches |= known == Some(LogPoint { position: position(next), frame: header.number.saturating_add(1) });
             if position(next) > from {
-                for (offset, entry) in frame::entries(payload).flatten() {
+                for entry in frame::entries(payload) {
+                    let (offset, entry) =
+                        entry.map_err(|()| damaged(&segment.path, at, "a frame with malformed entries"))?;
                     let position = position(at + (FRAME_HEADER + offset) as u64);
                     let live = (entry.kind != Kind::Remove).then(|| Live {
                         located: Located {

@@ -33,7 +33,7 @@ pub(super) struct Space {
     smallest: u64,
     inner: Mutex<Inner>,
     changed: Condvar,
-    /// The index waits for space: sled breaks for good when it meets a full disk, so it must not.
+    /// The index waits for space.
     index_waits: AtomicBool,
 }
 
@@ -91,9 +91,8 @@ impl Space {
         self.lock().ready.as_ref().map_or(0, |(_, capacity)| *capacity)
     }
 
-    /// Whether there is room for so many more entries in the index, generously estimated.
-    pub(super) fn index_may_grow(&self, entries: usize) -> bool {
-        let needed = (2 << 20) + 2048 * entries as u64;
+    /// Whether there is room for the index to grow.
+    pub(super) fn index_may_grow(&self, needed: u64) -> bool {
         let enough = free_bytes(&self.dir).is_none_or(|free| free >= needed);
         self.index_waits.store(!enough, Ordering::Release);
         enough

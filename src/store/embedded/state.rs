@@ -3,6 +3,7 @@
 use crate::store::index::Located;
 use crate::store::log::expiry::ExpiryHistogram;
 use crate::store::log::frame::NEVER;
+use crate::store::log::scan::Verified;
 use crate::store::log::segment::Segment;
 use crate::store::log::{LogPoint, Position};
 use crate::store::{OLDEST_TRACKED, RecordId, Tag};
@@ -72,6 +73,8 @@ pub(super) struct SegmentState {
     pub(super) first_frame: u64,
     pub(super) first_version: u64,
     pub(super) expiry: ExpiryHistogram,
+    /// What its summary is to say, if it is sealed and that has not been written yet.
+    pub(super) unsummarised: Option<Verified>,
     /// All entries that expired until then have been dropped.
     pub(super) swept_until_ms: u64,
 }

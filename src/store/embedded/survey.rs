@@ -1,4 +1,4 @@
-//! The walk through the index that follows its opening: sled may silently give less than was written. Until it has been
+//! The walk through the index that follows its opening: an engine may silently give less than was written. Until it has been
 //! compared with its checkpoint, the absence of an entry means nothing; besides, only the walk tells how many records
 //! of each kind there are.
 //!

@@ -12,7 +12,7 @@ use crate::store::index::Located;
 use crate::store::log::frame::{self, FRAME_HEADER, Kind, NEVER};
 use crate::store::log::scan::{FrameReader, Scanned};
 use crate::store::log::segment::{SEGMENT_HEADER, Segment};
-use crate::store::log::{Head, Position};
+use crate::store::log::{Head, Position, summary};
 use crate::store::{RecordId, StoreError};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -252,5 +252,6 @@ fn retire(shared: &Shared, segment: &Segment) -> std::io::Result<()> {
     head.write(&shared.log_dir)?;
     shared.state().segments.remove(&segment.number);
     std::fs::remove_file(&segment.path)?;
+    summary::remove(&shared.log_dir, segment.number)?;
     files::sync_dir(&shared.log_dir)
 }

@@ -1,12 +1,13 @@
 //! How many entries and bytes of a segment expire when, roughly and in bounded memory.
 
+use crate::store::files::Fields;
 use std::collections::BTreeMap;
 use std::ops::Bound;
 
 const BUCKETS_MAX: usize = 256;
 
 /// Counts entries by expiry time in buckets that grow wider when there are too many.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ExpiryHistogram {
     width_ms: u64,
     /// Bucket `n` holds what expires in `((n - 1) × width, n × width]`: entries, bytes. It has expired as a whole at
@@ -39,6 +40,30 @@ impl ExpiryHistogram {
 
     pub(crate) fn entries(&self) -> u64 {
         self.entries
+    }
+
+    /// Appends it: width, number of buckets, and for each its number, entries and bytes.
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+        let header = [self.width_ms, self.buckets.len() as u64];
+        let buckets = self.buckets.iter().flat_map(|(&number, &(entries, bytes))| [number, entries, bytes]);
+        for field in header.into_iter().chain(buckets) {
+            out.extend_from_slice(&field.to_le_bytes());
+        }
+    }
+
+    /// Reads what [`Self::encode`] has written; `None` if it is malformed, or tells of more bytes than there can be.
+    pub(crate) fn decode(fields: &mut Fields<'_>, bytes_max: u64) -> Option<Self> {
+        let (width_ms, len) = (fields.u64().filter(|&width| width > 0)?, fields.u64()?);
+        let mut histogram = Self { width_ms, ..Self::default() };
+        let mut sum = 0_u64;
+        for _ in 0..len.min(BUCKETS_MAX as u64 + 1) {
+            let (number, entries, bytes) = (fields.u64()?, fields.u64()?, fields.u64()?);
+            histogram.buckets.insert(number, (entries, bytes));
+            histogram.entries = histogram.entries.checked_add(entries)?;
+            sum = sum.checked_add(bytes)?;
+        }
+        let whole = histogram.buckets.len() as u64 == len && histogram.buckets.len() <= BUCKETS_MAX;
+        (whole && sum <= bytes_max && histogram.entries <= sum).then_some(histogram)
     }
 
     /// Bytes of entries that have not expired, or not long ago.
@@ -87,6 +112,11 @@ mod tests {
         }
         assert!(histogram.all_expired(before));
         assert_eq!(histogram.live_bytes(before), 0);
+        let mut bytes = Vec::new();
+        histogram.encode(&mut bytes);
+        assert_eq!(ExpiryHistogram::decode(&mut Fields(&bytes), 100_000), Some(histogram));
+        assert_eq!(ExpiryHistogram::decode(&mut Fields(&bytes), 99_999), None);
+        assert_eq!(ExpiryHistogram::decode(&mut Fields(&bytes[..bytes.len() - 1]), 100_000), None);
         // All but those that expired at time 0, before the first look.
         assert_eq!(counted, 9_999);
     }

@@ -152,7 +152,7 @@ pub(crate) struct Search {
 }
 
 /// What a pass over a whole segment has told.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Verified {
     /// Offset behind the last valid frame.
     pub(crate) end: u64,
@@ -166,7 +166,7 @@ pub(crate) struct Verified {
 }
 
 /// What stands behind the last valid frame of a segment.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Tail {
     /// Zeros where the next header would be, or the seal has been read.
     Clean,
@@ -176,8 +176,37 @@ pub(crate) enum Tail {
     Impossible(String),
 }
 
+/// Why a segment ends where it does.
+pub(crate) fn tail_text(tail: &Tail) -> &str {
+    match tail {
+        Tail::Clean => "the entries end here without a seal",
+        Tail::Invalid(why) => why,
+        Tail::Impossible(detail) => detail,
+    }
+}
+
 /// No counter and no time gets beyond 48 bits within thousands of years. The index relies on it.
 const PLAUSIBLE: u64 = (1 << 48) - 1;
+
+fn is_plausible(header: &FrameHeader) -> bool {
+    header.number.max(header.next_version).max(header.time_ms) <= PLAUSIBLE
+}
+
+/// The header of the frame that begins at an offset, if a valid one of this file does; its payload is not read.
+///
+/// # Errors
+/// If the file cannot be read.
+pub(crate) fn header_at<R: ReadAt + ?Sized>(source: &R, uid: u64, offset: u64) -> io::Result<Option<FrameHeader>> {
+    let mut bytes = [0; FRAME_HEADER];
+    let mut filled = 0;
+    while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match source.read_at(rest, offset.saturating_add(filled as u64))? {
+            0 => return Ok(None),
+            n => filled += n,
+        }
+    }
+    Ok(FrameHeader::parse(&bytes).filter(|header| header.uid == uid && is_plausible(header)))
+}
 
 /// Reads a whole segment and compares all its checksums.
 ///
@@ -209,7 +238,7 @@ pub(crate) fn verify<R: ReadAt + ?Sized>(source: &R, uid: u64) -> io::Result<Ver
             verified.tail = Tail::Impossible(format!("frame number {} follows number {number}", header.number));
             break;
         }
-        if header.number.max(header.next_version).max(header.time_ms) > PLAUSIBLE {
+        if !is_plausible(&header) {
             verified.tail = Tail::Impossible("a frame with implausible numbers".to_owned());
             break;
         }
