@@ -409,15 +409,12 @@ impl Store for Embedded {
         if let Some(error) = self.shared.failed() {
             return Err(error);
         }
-        let (queue, sweeper) = (self.sender()?, self.sweeper.clone());
         // An idle store wakes no other thread for this.
-        if !sweeper.lock().unwrap_or_else(PoisonError::into_inner).is_needed(&self.shared, now_ms) {
+        if !sweep::lock(&self.sweeper).is_needed(&self.shared, now_ms) {
             return Ok(sweep::IDLE);
         }
-        self.off_thread(move |shared| {
-            sweeper.lock().unwrap_or_else(PoisonError::into_inner).sweep(shared, &queue, now_ms)
-        })
-        .await
+        let (queue, sweeper) = (self.sender()?, self.sweeper.clone());
+        self.off_thread(move |shared| sweep::lock(&sweeper).sweep(shared, &queue, now_ms)).await
     }
 
     fn unexpiring(&self) -> Result<Vec<(RecordId, Entry)>, StoreError> {

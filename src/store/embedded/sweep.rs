@@ -14,8 +14,8 @@ use crate::store::log::scan::{FrameReader, Scanned};
 use crate::store::log::segment::{SEGMENT_HEADER, Segment};
 use crate::store::log::{Head, Position, summary};
 use crate::store::{RecordId, StoreError};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
@@ -63,6 +63,10 @@ pub(super) struct Sweeper {
     walk: Option<Walk>,
     /// A segment with damage in it: it cannot go, and so none behind it.
     stuck: Option<u32>,
+}
+
+pub(super) fn lock(sweeper: &Mutex<Sweeper>) -> MutexGuard<'_, Sweeper> {
+    sweeper.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Sweeper {
