@@ -280,7 +280,8 @@ impl Gateway {
             policy: options.policy,
             max_waiters: options.max_waiters_per_key,
         };
-        self.settle_on(arrival, parts, body, &intercepted).await
+        // What this takes is not part of every replay.
+        Box::pin(self.settle_on(arrival, parts, body, &intercepted)).await
     }
 
     /// Replays, waits, refuses or claims, until there is an answer.

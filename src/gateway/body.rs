@@ -6,6 +6,7 @@ use bytes::{Bytes, BytesMut};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -27,8 +28,16 @@ pub(super) async fn read(mut body: Incoming, max: usize, timeout: Duration, budg
     let mut reservation = budget.reservation();
     let mut chunks: Vec<Bytes> = Vec::new();
     let mut len = 0_usize;
+    let mut waited = false;
     loop {
-        let frame = match tokio::time::timeout_at(deadline, body.frame()).await {
+        // What has come along with the head is handed on right after the first look: no timer for that.
+        let early = if waited { None } else { Some(first_look(&mut body).await) };
+        waited = true;
+        let frame = match early.flatten() {
+            Some(frame) => Ok(frame),
+            None => tokio::time::timeout_at(deadline, body.frame()).await,
+        };
+        let frame = match frame {
             Err(_) => {
                 return Err(Problem::new(
                     Code::RequestTimeout,
@@ -54,6 +63,21 @@ pub(super) async fn read(mut body: Incoming, max: usize, timeout: Duration, budg
         chunks.push(data);
     }
     Ok(Held::new(join(chunks, len), reservation))
+}
+
+/// The first frame, unless the client keeps it waiting (`None`).
+async fn first_look(body: &mut Incoming) -> Option<Option<hyper::Result<Frame<Bytes>>>> {
+    let mut looked = false;
+    poll_fn(|cx| match Pin::new(&mut *body).poll_frame(cx) {
+        Poll::Ready(frame) => Poll::Ready(Some(frame)),
+        Poll::Pending if looked => Poll::Ready(None),
+        Poll::Pending => {
+            looked = true;
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        }
+    })
+    .await
 }
 
 /// One piece of memory out of several; a single piece is not copied.

@@ -128,6 +128,19 @@ fn is_host_and_port(authority: &Authority) -> bool {
     })
 }
 
+/// Whether it is a name or an IPv4 address without a port, or with one of up to four digits: what nearly all clients send,
+/// told without parsing it.
+fn is_plain_host(host: &[u8]) -> bool {
+    let is_name = |name: &[u8]| name.iter().all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(byte));
+    match memchr::memchr(b':', host).and_then(|colon| host.split_at_checked(colon)) {
+        None => is_name(host),
+        Some((name, port)) => {
+            let digits = port.get(1..).unwrap_or_default();
+            !name.is_empty() && is_name(name) && digits.len() <= 4 && digits.iter().all(u8::is_ascii_digit)
+        }
+    }
+}
+
 /// Refuses what the HTTP library lets through but a proxy must not pass on, and settles what the request's host is:
 /// an absolute-form target becomes origin-form, its authority the `Host`.
 ///
@@ -150,7 +163,7 @@ pub fn check<B>(request: &mut Request<B>, default_host: &HeaderValue) -> Result<
     if connection_names(request.headers(), &HOST) || connection_names(request.headers(), &CONTENT_LENGTH) {
         return Err(bad("Host and Content-Length must not be named in Connection."));
     }
-    if let Some(host) = host.as_ref().filter(|host| !host.is_empty())
+    if let Some(host) = host.as_ref().filter(|host| !host.is_empty() && !is_plain_host(host.as_bytes()))
         && !Authority::try_from(host.as_bytes()).is_ok_and(|authority| is_host_and_port(&authority))
     {
         return Err(bad("The Host line is not a host with an optional port."));
@@ -338,6 +351,17 @@ mod tests {
         assert!(request("/posts", &[("host", "api.example")]).is_ok());
         assert!(request("/posts", &[]).is_err(), "the upstream's name is not for it to guess");
         assert!(request("*", &[("host", "api.example")]).is_err());
+    }
+
+    #[test]
+    fn a_host_that_is_told_without_parsing_would_be_accepted_anyway() {
+        for host in ["a", "a.example", "a_b-c.example:8080", "127.0.0.1:1", "a:", "-", "...", "a:0000"] {
+            assert!(is_plain_host(host.as_bytes()), "{host}");
+            assert!(is_host_and_port(&Authority::try_from(host.as_bytes()).unwrap()), "{host}");
+        }
+        for host in [":80", "a:65535", "a:x", "[::1]", "a:1:2", "a b", "u@a", "a/x", "a\\b", "ä"] {
+            assert!(!is_plain_host(host.as_bytes()), "{host}");
+        }
     }
 
     #[test]

@@ -23,17 +23,25 @@ pub enum Part {
     PathParam(String),
 }
 
+impl Part {
+    /// How it is written in the configuration: what it is, and its name.
+    fn kind(&self) -> [&str; 2] {
+        match self {
+            Self::Authorization => ["authorization", ""],
+            Self::ClientCert => ["client-cert", ""],
+            Self::Cookie(name) => ["cookie:", name],
+            Self::Header(name) => ["header:", name.as_str()],
+            Self::Host => ["host", ""],
+            Self::Path => ["path", ""],
+            Self::PathParam(name) => ["path:", name],
+        }
+    }
+}
+
 impl std::fmt::Display for Part {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Authorization => f.write_str("authorization"),
-            Self::ClientCert => f.write_str("client-cert"),
-            Self::Cookie(name) => write!(f, "cookie:{name}"),
-            Self::Header(name) => write!(f, "header:{name}"),
-            Self::Host => f.write_str("host"),
-            Self::Path => f.write_str("path"),
-            Self::PathParam(name) => write!(f, "path:{name}"),
-        }
+        let [what, name] = self.kind();
+        write!(f, "{what}{name}")
     }
 }
 
@@ -41,42 +49,52 @@ impl std::fmt::Display for Part {
 #[derive(Clone)]
 pub struct Secret(pub [u8; 32]);
 
-/// Somebody's own space of keys: all scope parts, joined unambiguously, on their way into the hash.
-pub struct Tenant(blake3::Hasher);
+/// Somebody's own space of keys: all scope parts, joined unambiguously, and the secret to hash them with.
+pub struct Tenant {
+    secret: [u8; 32],
+    parts: Vec<u8>,
+}
 
 impl Tenant {
     /// The id of the record that belongs to a key of this tenant.
     #[must_use]
     pub fn record_id(&self, key: &[u8]) -> RecordId {
-        let mut hasher = self.0.clone();
-        feed(&mut hasher, b"key", Some(key));
         let mut id = [0; 16];
-        hasher.finalize_xof().fill(&mut id);
+        self.hash("key", key).fill(&mut id);
         RecordId(id)
     }
 
     /// A key made of scope and payload: 64 hex digits.
     #[must_use]
     pub fn derive_key(&self, payload_digest: &[u8; 32]) -> String {
-        let mut hasher = self.0.clone();
-        feed(&mut hasher, b"derived", Some(payload_digest));
-        hasher.finalize().to_hex().to_string()
+        let mut key = [0; 32];
+        self.hash("derived", payload_digest).fill(&mut key);
+        blake3::Hash::from_bytes(key).to_hex().to_string()
+    }
+
+    fn hash(&self, kind: &str, value: &[u8]) -> blake3::OutputReader {
+        let mut last = Vec::with_capacity(kind.len() + value.len() + 17);
+        feed(&mut last, &[kind], Some(value));
+        let mut hasher = blake3::Hasher::new_keyed(&self.secret);
+        hasher.update(&self.parts).update(&last);
+        hasher.finalize_xof()
     }
 }
 
-/// Feeds one part so that no two lists of parts look the same: kind and value with their lengths, absence apart from
-/// emptiness.
-fn feed(hasher: &mut blake3::Hasher, kind: &[u8], value: Option<&[u8]>) {
-    hasher.update(&(kind.len() as u64).to_le_bytes());
-    hasher.update(kind);
+/// Adds one part so that no two lists of parts look the same: kind and value with their lengths, absence apart from
+/// emptiness. The kind may come in pieces.
+fn feed(to: &mut Vec<u8>, kind: &[&str], value: Option<&[u8]>) {
+    let kind_len = kind.iter().map(|piece| piece.len() as u64).sum::<u64>();
+    to.extend_from_slice(&kind_len.to_le_bytes());
+    kind.iter().for_each(|piece| to.extend_from_slice(piece.as_bytes()));
     match value {
-        None => hasher.update(&[0]),
+        None => to.push(0),
         Some(value) => {
-            hasher.update(&[1]);
-            hasher.update(&(value.len() as u64).to_le_bytes());
-            hasher.update(value)
+            to.push(1);
+            to.extend_from_slice(&(value.len() as u64).to_le_bytes());
+            to.extend_from_slice(value);
         }
-    };
+    }
 }
 
 /// A request, as far as its tenant is concerned.
@@ -93,10 +111,10 @@ pub struct Request<'a> {
 /// [`Code::ScopeMissing`] if that cannot be told safely.
 pub fn tenant(secret: &Secret, route: &RouteOptions, request: &Request<'_>) -> Result<(Tenant, Credentials), Problem> {
     check_trusted(route, request)?;
-    let mut hasher = blake3::Hasher::new_keyed(&secret.0);
+    let mut parts = Vec::with_capacity(256);
     let (mut bound, mut present) = (false, false);
     for part in &route.scope {
-        let kind = part.to_string();
+        let kind = part.kind();
         match part {
             Part::Authorization | Part::Cookie(_) | Part::Header(_) => {
                 let value = credential(part, request.headers)?;
@@ -104,33 +122,33 @@ pub fn tenant(secret: &Secret, route: &RouteOptions, request: &Request<'_>) -> R
                     bound = true;
                     present |= value.is_some();
                 }
-                feed(&mut hasher, kind.as_bytes(), value);
+                feed(&mut parts, &kind, value);
             }
             Part::ClientCert => {
                 let holder = request.peer.client_cert.as_ref();
                 bound = true;
                 present |= holder.is_some();
-                feed(&mut hasher, kind.as_bytes(), holder.map(|holder| holder.as_bytes().as_slice()));
+                feed(&mut parts, &kind, holder.map(|holder| holder.as_bytes().as_slice()));
             }
             Part::Host => {
                 let host = request.headers.get(HOST).map(|host| host.as_bytes().to_ascii_lowercase());
-                feed(&mut hasher, kind.as_bytes(), host.as_deref());
+                feed(&mut parts, &kind, host.as_deref());
             }
             Part::Path => {
                 let segments = &request.path.segments;
-                feed(&mut hasher, kind.as_bytes(), Some(&(segments.len() as u64).to_le_bytes()));
-                segments.iter().for_each(|segment| feed(&mut hasher, b"segment", Some(segment)));
+                feed(&mut parts, &kind, Some(&(segments.len() as u64).to_le_bytes()));
+                segments.iter().for_each(|segment| feed(&mut parts, &["segment"], Some(segment)));
             }
             Part::PathParam(name) => {
                 let value = request.params.iter().find(|(param, _)| param == name);
-                feed(&mut hasher, kind.as_bytes(), value.map(|(_, value)| value.as_slice()));
+                feed(&mut parts, &kind, value.map(|(_, value)| value.as_slice()));
             }
         }
     }
     if bound && !present {
         check_anonymous(route, request.headers)?;
     }
-    Ok((Tenant(hasher), credentials(secret, route, request)))
+    Ok((Tenant { secret: secret.0, parts }, credentials(secret, route, request)))
 }
 
 /// Whether a part is bound to something that only its owner can send.
@@ -228,17 +246,17 @@ fn missing(detail: String) -> Problem {
 
 /// A digest of everything that may tell the caller apart.
 fn credentials(secret: &Secret, route: &RouteOptions, request: &Request<'_>) -> Credentials {
-    let mut hasher = blake3::Hasher::new_keyed(&secret.0);
+    let mut parts = Vec::with_capacity(256);
     let names = [&AUTHORIZATION, &COOKIE].into_iter().chain(&route.credential_headers).chain(&route.trusted_headers);
     for name in names {
         for value in request.headers.get_all(name) {
-            feed(&mut hasher, name.as_str().as_bytes(), Some(value.as_bytes()));
+            feed(&mut parts, &[name.as_str()], Some(value.as_bytes()));
         }
     }
     if let Some(holder) = &request.peer.client_cert {
-        feed(&mut hasher, b"client-cert", Some(holder.as_bytes()));
+        feed(&mut parts, &["client-cert"], Some(holder.as_bytes()));
     }
-    Credentials(*hasher.finalize().as_bytes())
+    Credentials(*blake3::keyed_hash(&secret.0, &parts).as_bytes())
 }
 
 #[cfg(test)]
@@ -290,6 +308,30 @@ mod tests {
         assert_ne!(id(&route, &alice), id(&route, &elsewhere));
         assert_ne!(id(&route, &alice), id(&route, &asked(&[])));
         assert_eq!(id(&route, &asked(&[])), id(&route, &asked(&[("authorization", " ")])), "empty is absent");
+    }
+
+    #[test]
+    fn ids_and_derived_keys_are_the_same_in_every_version() {
+        let mut route = route_options(&[
+            Part::Authorization,
+            Part::Cookie("sid".to_owned()),
+            Part::Header(HeaderName::from_static("x-api-key")),
+            Part::Host,
+            Part::Path,
+            Part::ClientCert,
+            Part::PathParam("workspace".to_owned()),
+        ]);
+        route.pattern = crate::gateway::route::Pattern::parse("/v1/{workspace}/posts").unwrap();
+        let fields = [("authorization", "Bearer a"), ("cookie", "x=1; sid=7"), ("host", "API.example")];
+        let asked = Asked { path: "/v1/w%2F1/posts", ..asked(&fields) };
+        let (id, credentials) = tell(&route, &asked).unwrap();
+        assert_eq!(id.to_string(), "4300e6629064dd02c6b3fd50a49d5041");
+        let path = NormalPath::new(asked.path.as_bytes());
+        let peer = Peer { ip: None, trusted: false, https: false, client_cert: None };
+        let request = Request { headers: &asked.headers, path: &path, params: &Params::default(), peer: &peer };
+        let (tenant, _) = tenant(&SECRET, &route, &request).unwrap();
+        assert_eq!(tenant.derive_key(&[5; 32]), "c6ac4a5f42ebdbb88e2955388993d48bcc18b1ef409dbc1479f6eeffd8414dd5");
+        assert_eq!(credentials.0[..4], [107, 199, 224, 187]);
     }
 
     #[test]
