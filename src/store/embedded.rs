@@ -226,19 +226,6 @@ impl Shared {
             Lookup::Found(found) => found.read(id).map(Some),
         }
     }
-
-    /// Wakes the indexer if there is enough to do; waits for it if there is far too much.
-    fn hand_to_indexer(&self, mut state: MutexGuard<'_, State>) {
-        if state.waiting >= self.tuning.index_bulk || state.waiting_bytes >= self.tuning.replay_bytes {
-            self.wake_indexer.notify_one();
-        }
-        let too_many = self.tuning.index_bulk.saturating_mul(10);
-        let waits =
-            || self.failed.get().is_none() && !self.space.index_waits() && !self.closing.load(Ordering::Acquire);
-        while state.waiting >= too_many && waits() {
-            state = self.indexed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
 }
 
 /// Operations that wait for the committer; beyond it, callers wait for room.
@@ -409,11 +396,11 @@ impl Store for Embedded {
         if let Some(error) = self.shared.failed() {
             return Err(error);
         }
+        let (queue, sweeper) = (self.sender()?, self.sweeper.clone());
         // An idle store wakes no other thread for this.
-        if !sweep::lock(&self.sweeper).is_needed(&self.shared, now_ms) {
+        if !sweep::lock(&sweeper).is_needed(&self.shared, now_ms) {
             return Ok(sweep::IDLE);
         }
-        let (queue, sweeper) = (self.sender()?, self.sweeper.clone());
         self.off_thread(move |shared| sweep::lock(&sweeper).sweep(shared, &queue, now_ms)).await
     }
 

@@ -703,7 +703,7 @@ fn a_store_closes_while_its_committer_waits_for_the_walk_through_the_index() {
     let runtime = runtime();
     // Without threads the walk never ends, and nothing goes to the index.
     let store = std::sync::Arc::new(open_at_once(&path, 0));
-    let most = 10 * small().index_bulk as u64;
+    let most = 50 * small().index_bulk as u64;
     let tasks: Vec<_> = (1000..1000 + 2 * most)
         .map(|n| {
             let store = store.clone();

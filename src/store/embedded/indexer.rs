@@ -4,12 +4,30 @@ use super::state::State;
 use super::{Durability, Shared, Tuning};
 use crate::store::index::{Change, Checkpoint};
 use crate::store::log::summary;
-use std::sync::{Arc, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Whether enough waits to be worth a bulk, or replay at the next start would become long.
 fn is_due(state: &State, tuning: &Tuning) -> bool {
     state.waiting >= tuning.index_bulk || state.waiting_bytes >= tuning.replay_bytes
+}
+
+impl Shared {
+    /// Wakes the indexer if there is enough to do; waits for it if there is far too much.
+    pub(super) fn hand_to_indexer(&self, mut state: MutexGuard<'_, State>) {
+        if is_due(&state, &self.tuning) {
+            self.wake_indexer.notify_one();
+        }
+        // While the index is still being compared nothing goes into it, which takes seconds where it is large.
+        let bulks = if self.survey.is_done() { 10 } else { 50 };
+        let too_many = self.tuning.index_bulk.saturating_mul(bulks);
+        let waits =
+            || self.failed.get().is_none() && !self.space.index_waits() && !self.closing.load(Ordering::Acquire);
+        while state.waiting >= too_many && waits() {
+            state = self.indexed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
 }
 
 /// How often a full disk is looked at again.
