@@ -385,6 +385,34 @@ fn a_final_answer_before_the_upload_has_ended_reaches_the_client() {
 }
 
 #[test]
+fn an_upload_that_is_answered_early_reaches_an_upstream_that_reads_on() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let settings = "server.workers = 1\nupstream.idle_timeout = \"60s\"";
+    let gateway = Gateway::start_before(&format!("http://{}", listener.local_addr().unwrap()), settings);
+    let mut client = Client::connect(gateway.addr);
+    client.send("PUT /x HTTP/1.1\r\nHost: a\r\nContent-Length: 20\r\n\r\nbeginning,");
+    let mut server = Client::from(listener.accept().unwrap().0);
+    let read_to = |server: &mut Client, end: &[u8]| {
+        let mut seen = Vec::new();
+        while !seen.ends_with(end) {
+            seen.extend(server.read_some().unwrap());
+        }
+    };
+    read_to(&mut server, b"beginning,");
+    server.send("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nearly");
+    assert_eq!(client.read().text(), "early");
+    client.send("and an end");
+    read_to(&mut server, b"and an end");
+    // By now the connection is as good as any.
+    eventually("it is pooled", || (gateway.metric("oncegate_upstream_idle_connections") == 1.0).then_some(()));
+    client = Client::connect(gateway.addr);
+    client.send(request("GET", "/next", &[], ""));
+    assert!(server.read_head().starts_with("GET /next HTTP/1.1\r\n"));
+    server.send("HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnext");
+    assert_eq!(client.read().text(), "next");
+}
+
+#[test]
 fn a_final_answer_before_an_intercepted_request_is_read_is_its_record() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let gateway = Gateway::start_before(&format!("http://{}", listener.local_addr().unwrap()), "server.workers = 1");

@@ -407,6 +407,10 @@ impl Incoming {
         if keep.is_zero() || !link.read.is_empty() {
             return;
         }
+        // Idle, it does not keep what a large response took.
+        if link.read_len > READ_LEN {
+            (link.read, link.read_len) = (BytesMut::new(), READ_LEN);
+        }
         let upstream = Arc::clone(&self.upstream);
         match self.unsent.take() {
             None => upstream.put_back(link, keep),
