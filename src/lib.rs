@@ -23,7 +23,8 @@
 //!   an index that is rebuilt from it at will.
 //! - [`ledger`]: the shell of the core: step → compare-and-swap → act, once the write has landed. Slots for keys in flight,
 //!   waiters, the hot cache of completed records, the budget of buffered bytes.
-//! - [`gateway`]: the request pipeline; what the gateway itself answers; the way to the upstream.
+//! - [`gateway`]: the request pipeline; what the gateway itself answers; the way to the upstream, with an HTTP/1.1 client that
+//!   knows whether a byte of a request was written.
 //! - [`server`]: listeners, TLS, connections, their limits, the drain.
 //! - [`admin`], [`telemetry`]: liveness, readiness, metrics, logs.
 //! - [`config`]: the configuration file, the environment and the flags, resolved into each module's own options.
