@@ -59,9 +59,9 @@ struct Bound {
 /// What was measured and a little for timers and background work; whoever makes the path cheaper lowers them.
 const BOUNDS: [Bound; 3] = [
     // On either side one wait, one read, one write.
-    Bound { workload: "get", system_calls_max: 6.2, allocations_max: 10.5 },
+    Bound { workload: "get", system_calls_max: 6.2, allocations_max: 9.5 },
     // The body goes with its head: no call more.
-    Bound { workload: "post", system_calls_max: 6.2, allocations_max: 13.5 },
+    Bound { workload: "post", system_calls_max: 6.2, allocations_max: 12.5 },
     // The client's side alone: nothing of the store, nothing of the upstream.
     Bound { workload: "replay", system_calls_max: 3.2, allocations_max: 33.5 },
 ];
