@@ -51,9 +51,7 @@ impl Chunked {
                     if read.is_empty() {
                         return Ok(None);
                     }
-                    let len = usize::try_from(left).map_or(read.len(), |left| left.min(read.len()));
-                    let data = read.split_to(len).freeze();
-                    let left = left - len as u64;
+                    let (data, left) = take_data(read, left);
                     *self = if left == 0 { Self::DataEnd } else { Self::Data(left) };
                     return Ok(Some(Piece::Data(data)));
                 }
@@ -74,6 +72,12 @@ impl Chunked {
             }
         }
     }
+}
+
+/// What has been read of data of which `left` bytes are still to come, and how many are then.
+pub(super) fn take_data(read: &mut BytesMut, left: u64) -> (Bytes, u64) {
+    let len = usize::try_from(left).map_or(read.len(), |left| left.min(read.len()));
+    (read.split_to(len).freeze(), left - len as u64)
 }
 
 /// A line without its CRLF. A bare LF ends none, a bare CR is in none.

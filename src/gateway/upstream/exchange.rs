@@ -1,7 +1,7 @@
 //! One request and its response over one connection, without a task of its own: whoever waits for the response drives
 //! both directions.
 
-use super::chunked::{Chunked, Piece};
+use super::chunked::{Chunked, Piece, take_data};
 use super::connect::Stream;
 use super::head::{Asked, Framing, HEAD_MAX, Head, put_field, take};
 use super::{Patience, SendError, Upstream};
@@ -72,6 +72,7 @@ pub(super) struct Outgoing {
     queue: [Bytes; 4],
     /// Whether the body has been taken to its end.
     taken: bool,
+    /// Whether all of it is on its way.
     flushed: bool,
     /// Whether the head has waited for the first of the body, to be written with it.
     waited: bool,
@@ -229,14 +230,14 @@ impl Outgoing {
         patience: Option<Patience>,
         idle_timeout: Duration,
     ) -> Result<Head, Failure> {
-        let mut receiving = Receiving { written: false, failed: None, answered: false, interim: 0, idle_timeout };
+        let mut receiving = Receiving { failed: None, answered: false, interim: 0, idle_timeout };
         let mut running = None;
         let result = poll_fn(|cx| {
             if let Poll::Ready(result) = self.poll_exchange(cx, link, &mut receiving) {
                 return Poll::Ready(result);
             }
             let Some(patience) = patience else { return Poll::Pending };
-            let (awaited, limit) = match receiving.written || receiving.failed.is_some() {
+            let (awaited, limit) = match self.flushed || receiving.failed.is_some() {
                 true => (Awaited::Response, patience.response),
                 false if self.nothing_queued() => (Awaited::Body(self.moved), patience.body),
                 false => (Awaited::Write(self.moved), patience.write),
@@ -259,9 +260,9 @@ impl Outgoing {
         link: &mut Link,
         receiving: &mut Receiving,
     ) -> Poll<Result<Head, Failure>> {
-        if !receiving.written && receiving.failed.is_none() {
+        if !self.flushed && receiving.failed.is_none() {
             match self.poll_write(cx, &mut link.stream) {
-                Poll::Ready(Ok(())) => receiving.written = true,
+                Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(WriteError::Stream(error))) if !self.touched => {
                     return Poll::Ready(Err(Failure::Unsent(error)));
                 }
@@ -297,8 +298,6 @@ impl Outgoing {
 
 /// How far an exchange is.
 struct Receiving {
-    /// All of the request is on its way.
-    written: bool,
     /// Why no more of the request can be written.
     failed: Option<io::Error>,
     /// A byte has come back.
@@ -444,9 +443,9 @@ impl Incoming {
             } else if !link.read.is_empty() {
                 let data = match &mut self.left {
                     Left::Length(left) => {
-                        let len = usize::try_from(*left).map_or(link.read.len(), |left| left.min(link.read.len()));
-                        *left -= len as u64;
-                        link.read.split_to(len).freeze()
+                        let data;
+                        (data, *left) = take_data(&mut link.read, *left);
+                        data
                     }
                     _ => link.read.split().freeze(),
                 };
