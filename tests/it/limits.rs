@@ -57,7 +57,8 @@ fn a_head_must_arrive_within_header_timeout_of_its_first_byte() {
 #[test]
 fn a_connection_without_a_request_ends_after_idle_timeout() {
     let upstream = Upstream::counting();
-    let gateway = Gateway::start(&upstream, "server.limits.idle_timeout = \"150ms\"");
+    let limits = "server.limits.idle_timeout = \"150ms\"\nserver.limits.header_timeout = \"10m\"";
+    let gateway = Gateway::start(&upstream, limits);
     assert!(Client::connect(gateway.addr).at_end(), "before the first byte");
     let mut client = Client::connect(gateway.addr);
     client.send(request("GET", "/", &[], ""));
