@@ -5,6 +5,7 @@ pub mod client_cert;
 mod forward;
 pub mod headers;
 pub mod identity;
+pub mod jwt;
 pub mod key;
 mod options;
 mod pass;
@@ -248,7 +249,12 @@ impl Gateway {
         }
         let (mut parts, body) = request.into_parts();
         let Intercepted { path, params, peer, .. } = &intercepted;
-        let asked = scope::Request { headers: &parts.headers, path, params, peer };
+        let claims = match (scope::bearer(options, &parts.headers)?, &self.options.auth) {
+            // What this takes is not part of every request.
+            (Some(token), Some(auth)) => Some(Box::pin(auth.verify(token, self.ledger.now())).await?),
+            _ => None,
+        };
+        let asked = scope::Request { headers: &parts.headers, path, params, peer, claims: claims.as_deref() };
         let (tenant, credentials) = scope::tenant(&self.secret, options, &asked)?;
         let body = body::read(body, self.options.max_body, self.options.body_timeout, &self.budget).await?;
         let fingerprint = fingerprint(options, &parts, path, &body.bytes);
@@ -404,10 +410,12 @@ fn classify(code: Code) -> Outcome {
         | Code::UpstreamTimeout
         | Code::StoreUnavailable
         | Code::Overloaded
-        | Code::Draining => Outcome::failed,
+        | Code::Draining
+        | Code::ProbeFailed => Outcome::failed,
         Code::KeyMissing
         | Code::KeyInvalid
         | Code::ScopeMissing
+        | Code::TokenInvalid
         | Code::PathAmbiguous
         | Code::BadRequest
         | Code::TargetTooLong

@@ -4,6 +4,7 @@ use crate::admin::Admin;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::gateway::identity::{self, RouteIdentity};
+use crate::gateway::jwt::Auth;
 use crate::gateway::scope::Secret;
 use crate::gateway::upstream::Upstream;
 use crate::gateway::{Gateway, GatewayLedger};
@@ -60,6 +61,7 @@ pub struct Running {
     admin: Arc<Admin>,
     tls: Option<Arc<Tls>>,
     upstream: Arc<Upstream>,
+    auth: Option<Arc<Auth>>,
     drain_delay: Duration,
     drain_timeout: Duration,
     addresses: Vec<Address>,
@@ -90,6 +92,7 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
     let admin_address = admin_listener.address();
     let addresses = listeners.iter().map(Listener::address).collect::<Vec<_>>();
 
+    let auth = config.gateway.auth.clone();
     let gateway = Gateway::new(config.gateway, ledger.clone(), secret, metrics.clone());
     let upstream = Arc::clone(gateway.upstream());
     let workers = Workers::start(config.server.workers).map_err(StartError::Workers)?;
@@ -104,6 +107,9 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
     let server = Server::new(workers, gateways, config.server.limits, tls.clone(), metrics);
     let sweeper = ledger.clone();
     tokio::spawn(async move { sweeper.sweep().await });
+    if let Some(auth) = auth.clone() {
+        tokio::spawn(async move { auth.keep_fresh().await });
+    }
     tokio::spawn(Arc::clone(&admin).serve(admin_listener));
     tracing::info!(address = %admin_address, role = "admin", "listening");
     for listener in listeners {
@@ -111,7 +117,7 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
         tokio::spawn(Arc::clone(&server).accept(listener));
     }
     let (drain_delay, drain_timeout) = (config.server.drain_delay, config.server.drain_timeout);
-    Ok(Running { ledger, server, admin, tls, upstream, drain_delay, drain_timeout, addresses, admin_address })
+    Ok(Running { ledger, server, admin, tls, upstream, auth, drain_delay, drain_timeout, addresses, admin_address })
 }
 
 impl Running {
@@ -126,25 +132,30 @@ impl Running {
         &self.admin_address
     }
 
-    /// From now on reads the files of `[server.tls]` and `[upstream.tls]` again whenever `reload` says so. Open connections
-    /// keep what they have.
+    /// From now on reads the files of `[server.tls]`, `[upstream.tls]` and `[auth]` again whenever `reload` says so, and
+    /// fetches what `auth.jwks_url` publishes. Open connections keep what they have.
     pub fn reload_on(&self, mut reload: Signal) {
-        let (tls, upstream) = (self.tls.clone(), Arc::clone(&self.upstream));
+        let (tls, upstream, auth) = (self.tls.clone(), Arc::clone(&self.upstream), self.auth.clone());
         tokio::spawn(async move {
             while reload.recv().await.is_some() {
-                let (tls, upstream) = (tls.clone(), Arc::clone(&upstream));
+                let (tls, upstream, auth) = (tls.clone(), Arc::clone(&upstream), auth.clone());
                 let read = move || {
                     if let Some(tls) = &tls {
                         tls.reload();
                     }
                     match upstream.reload_tls() {
                         Ok(true) => tracing::info!("the files of upstream.tls were read again"),
-                        Ok(false) if tls.is_some() => {}
-                        Ok(false) => tracing::info!("SIGHUP: there is no [server.tls] or [upstream.tls] to read again"),
+                        Ok(false) if tls.is_some() || auth.is_some() => {}
+                        Ok(false) => {
+                            tracing::info!("SIGHUP: there is no [server.tls], [upstream.tls] or [auth] to read again");
+                        }
                         Err(errors) => errors.iter().for_each(|error| {
                             let key = format!("upstream.tls.{}", error.key);
                             tracing::error!(key, %error, "the files of upstream.tls stay as they were");
                         }),
+                    }
+                    if let Some(auth) = &auth {
+                        auth.reload();
                     }
                 };
                 let _ = tokio::task::spawn_blocking(read).await;
