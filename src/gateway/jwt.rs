@@ -32,7 +32,6 @@ pub struct Options {
 }
 
 /// Verifies tokens, for all workers.
-#[derive(Debug)]
 pub struct Auth {
     options: Options,
     keys: Keys,
@@ -132,7 +131,7 @@ impl Auth {
         self.keys.keep_fresh().await;
     }
 
-    /// Reads the keys again because the operator says so. Blocks.
+    /// Has the keys read again because the operator says so. Blocks.
     pub(crate) fn reload(&self) {
         self.keys.reload();
     }
@@ -224,6 +223,13 @@ impl Claim {
             Self::Number(text) => ("number", text),
             Self::Boolean(value) => ("boolean", if *value { "true" } else { "false" }),
         }
+    }
+}
+
+/// Without the tokens that have been verified.
+impl fmt::Debug for Auth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Auth").field("options", &self.options).field("keys", &self.keys).finish()
     }
 }
 

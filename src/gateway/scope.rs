@@ -370,6 +370,25 @@ mod tests {
     }
 
     #[test]
+    fn a_token_is_looked_at_where_a_part_is_about_it() {
+        let fields = [("authorization", "Bearer a.b.c")];
+        let route = route_options(&[Part::Jwt("sub".to_owned())]);
+        assert_eq!(bearer(&route, &asked(&fields).headers).unwrap(), Some(b"a.b.c".as_slice()));
+        assert_eq!(bearer(&route_options(&[Part::Authorization]), &asked(&fields).headers).unwrap(), None);
+        for value in ["Basic a", "Bearera", "", "DPoP a.b.c"] {
+            assert_eq!(bearer(&route, &asked(&[("authorization", value)]).headers).unwrap(), None, "{value}");
+        }
+        for value in ["Bearer", "Bearer  ", "bearer\t"] {
+            let found = asked(&[("authorization", value)]);
+            assert_eq!(bearer(&route, &found.headers).unwrap(), Some(b"".as_slice()), "{value}");
+        }
+        assert!(bearer(&route, &asked(&[fields[0], fields[0]]).headers).is_err());
+        assert!(bearer(&route, &asked(&[fields[0], ("connection", "authorization")]).headers).is_err());
+        // One that nobody has verified counts for nothing.
+        assert!(refused(&route, &asked(&fields)));
+    }
+
+    #[test]
     fn parts_are_joined_unambiguously() {
         let mut route = route_options(&[]);
         route.credential_headers = ["a", "b"].map(HeaderName::from_static).to_vec();

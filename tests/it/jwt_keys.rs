@@ -88,12 +88,12 @@ fn sighup_reads_the_file_again_and_a_broken_one_changes_nothing() {
     assert_eq!(send(&gateway, "k", &old).status, 201);
     issuer.publish("{");
     gateway.hang_up();
-    gateway.wait_for_log("the keys of auth.jwks_file stay as they were");
+    gateway.wait_for_log("the keys for tokens cannot be had; those that are there stay");
     assert!(send(&gateway, "k", &old).replayed());
     // The same name for another key: only a signal says that it is one.
     issuer.publish(&set(&[next.jwk("k1")]));
     gateway.hang_up();
-    gateway.wait_for_log("the keys of auth.jwks_file were read again");
+    gateway.wait_for_log("the keys for tokens can be had again");
     expect_refused(&send(&gateway, "k", &old), "signature");
     assert!(send(&gateway, "k", &next.token("k1", &claims("alice"))).replayed());
     assert_eq!(upstream.count(), 1);
@@ -124,6 +124,7 @@ fn keys_are_fetched_at_start_and_for_a_new_key_but_once_for_all_who_ask() {
         reply.send(200, &[], &keys);
     });
     eventually("a token causes a fetch again", || {
+        // The pause has to pass.
         std::thread::sleep(Duration::from_millis(200));
         let began = Instant::now();
         std::thread::scope(|scope| {
@@ -185,7 +186,7 @@ fn keys_stay_while_their_source_is_down_or_talks_nonsense() {
         ("length limit exceeded", Arc::new(move |reply| reply.send(200, &[], &large))),
         ("is no JSON", Arc::new(|reply| reply.send(200, &[], "<html>"))),
         ("no public key", Arc::new(|reply| reply.send(200, &[], "{\"keys\":[]}"))),
-        ("no sound answer", Arc::new(|reply| reply.reset())),
+        ("the connection broke off", Arc::new(|reply| reply.reset())),
     ];
     let count = nonsense.len();
     for (n, (what, answer)) in nonsense.into_iter().enumerate() {
@@ -252,7 +253,7 @@ fn a_slow_source_holds_nobody_up_for_long() {
     expect_unavailable(&gateway, &token);
     let waited = began.elapsed();
     assert!(waited > Duration::from_secs(1) && waited < Duration::from_secs(9), "{waited:?}");
-    gateway.wait_for_log("no answer within 5 s");
+    gateway.wait_for_log("no answer within 5000 ms");
     assert_eq!(upstream.count(), 0);
     gate.open();
     eventually("the next fetch is answered", || (send(&gateway, "k", &token).status == 201).then_some(()));

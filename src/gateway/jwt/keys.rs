@@ -19,14 +19,26 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 /// Bytes that a set may have.
 const SET_MAX: usize = 1 << 20;
-/// How long a fetch may take, and how long a request waits for one.
-const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
-/// From the end of one fetch to the next that a token may cause; also after one that failed.
-const FETCH_PAUSE: Duration = Duration::from_secs(10);
-/// The same of a file, and of fetches as long as there are no keys at all.
-const SHORT_PAUSE: Duration = Duration::from_secs(1);
-/// From one fetch to the next when nobody asks.
-const FETCH_INTERVAL: Duration = Duration::from_secs(15 * 60);
+
+/// How often the source is looked at.
+#[derive(Clone, Copy)]
+pub(super) struct Times {
+    /// How long a fetch may take, and how long a request waits for one.
+    pub(super) fetch: Duration,
+    /// From the end of one fetch to the next that a token may cause; also after one that failed.
+    pub(super) pause: Duration,
+    /// The same of a file, and of fetches as long as there are no keys at all. A look that is due by then is waited for.
+    pub(super) short_pause: Duration,
+    /// From one fetch to the next when nobody asks.
+    pub(super) interval: Duration,
+}
+
+const TIMES: Times = Times {
+    fetch: Duration::from_secs(5),
+    pause: Duration::from_secs(10),
+    short_pause: Duration::from_secs(1),
+    interval: Duration::from_secs(15 * 60),
+};
 
 /// Where keys are published.
 pub enum Source {
@@ -42,9 +54,10 @@ pub enum Source {
 /// The keys as they are now.
 pub struct Keys {
     source: Place,
+    times: Times,
     /// `None`: there have never been any.
     current: RwLock<Option<Arc<KeySet>>>,
-    pace: watch::Sender<Pace>,
+    pub(super) pace: watch::Sender<Pace>,
     /// A token names a key that is not there.
     asked: Notify,
     /// The operator wants them read again.
@@ -58,9 +71,9 @@ enum Place {
 
 /// How far the looking is.
 #[derive(Clone, Copy)]
-struct Pace {
+pub(super) struct Pace {
     /// How often it has been done.
-    done: u64,
+    pub(super) done: u64,
     under_way: bool,
     /// When a token may cause the next.
     due: Instant,
@@ -72,6 +85,10 @@ impl Keys {
     /// # Errors
     /// The file cannot be read, or has no usable key in it; the text names the file.
     pub fn new(source: Source) -> Result<Self, String> {
+        Self::with_times(source, TIMES)
+    }
+
+    pub(super) fn with_times(source: Source, times: Times) -> Result<Self, String> {
         let (source, under_way) = match source {
             Source::File(path) => (Place::File(path), false),
             // The first fetch is about to begin: who comes before its end waits for it.
@@ -82,7 +99,8 @@ impl Keys {
             }
         };
         let pace = watch::Sender::new(Pace { done: 0, under_way, due: Instant::now() });
-        let keys = Self { source, current: RwLock::default(), pace, asked: Notify::new(), told: Notify::new() };
+        let (asked, told) = (Notify::new(), Notify::new());
+        let keys = Self { source, times, current: RwLock::default(), pace, asked, told };
         if let Place::File(path) = &keys.source {
             keys.take(&read(path)?)?;
         }
@@ -97,63 +115,52 @@ impl Keys {
     pub(super) async fn look_again(&self) {
         let mut pace = self.pace.subscribe();
         let Pace { done, under_way, due } = *pace.borrow_and_update();
-        if !under_way && due > Instant::now() + SHORT_PAUSE {
+        if !under_way && due > Instant::now() + self.times.short_pause {
             return;
         }
         if !under_way {
             self.asked.notify_one();
         }
-        let _ = timeout(FETCH_TIMEOUT, pace.wait_for(|pace| pace.done > done)).await;
+        let _ = timeout(self.times.fetch, pace.wait_for(|pace| pace.done > done)).await;
     }
 
     /// The keys, once there are any: waits for a fetch that is under way, for 5 seconds at most.
     pub(super) async fn first(&self) -> Option<Arc<KeySet>> {
         let mut pace = self.pace.subscribe();
-        let _ = timeout(FETCH_TIMEOUT, pace.wait_for(|pace| !pace.under_way)).await;
+        let _ = timeout(self.times.fetch, pace.wait_for(|pace| !pace.under_way)).await;
         self.current()
     }
 
-    /// Reads the source again because the operator says so, and tells the log what came of it. Blocks.
+    /// Has the source looked at again because the operator says so. Blocks.
     pub(crate) fn reload(&self) {
-        match &self.source {
-            Place::Url { upstream, .. } => {
-                if let Err(errors) = upstream.reload_tls() {
-                    errors
-                        .iter()
-                        .for_each(|error| tracing::error!(%error, "the authorities to trust stay as they were"));
-                }
-                self.told.notify_one();
-            }
-            Place::File(path) => match read(path).and_then(|text| self.take(&text)) {
-                Ok(_) => {
-                    tracing::info!(path = %path.display(), "the keys of auth.jwks_file were read again");
-                    self.announce();
-                }
-                Err(error) => {
-                    tracing::error!(path = %path.display(), error, "the keys of auth.jwks_file stay as they were");
-                }
-            },
+        if let Place::Url { upstream, .. } = &self.source
+            && let Err(errors) = upstream.reload_tls()
+        {
+            errors.iter().for_each(|error| tracing::error!(%error, "the authorities to trust stay as they were"));
         }
+        self.told.notify_one();
     }
 
     /// Looks at the source whenever that is due, for ever.
     pub(crate) async fn keep_fresh(&self) {
+        let Times { pause, short_pause, interval, .. } = self.times;
         let (mut next, pause) = match &self.source {
-            Place::Url { .. } => (Some(Instant::now()), FETCH_PAUSE),
-            Place::File(_) => (None, SHORT_PAUSE),
+            Place::Url { .. } => (Some(Instant::now()), pause),
+            Place::File(_) => (None, short_pause),
         };
         let mut outage = false;
         self.announce();
         loop {
-            let interval = async {
+            let unasked = async {
                 match next {
                     Some(next) => sleep_until(next).await,
                     None => std::future::pending().await,
                 }
             };
+            let mut told = false;
             tokio::select! {
-                () = interval => {}
-                () = self.told.notified() => {}
+                () = unasked => {}
+                () = self.told.notified() => told = true,
                 () = self.asked.notified() => {
                     let due = self.pace.borrow().due;
                     sleep_until(due).await;
@@ -161,25 +168,28 @@ impl Keys {
             }
             self.pace.send_modify(|pace| pace.under_way = true);
             let looked = self.look().await;
-            self.report(&looked, &mut outage);
-            let pause = if self.current().is_none() { SHORT_PAUSE } else { pause };
+            self.report(&looked, told, &mut outage);
+            let pause = if self.current().is_none() { short_pause } else { pause };
             let now = Instant::now();
             self.pace.send_modify(|pace| *pace = Pace { done: pace.done + 1, under_way: false, due: now + pause });
-            next = next.map(|_| now + if looked.is_ok() { FETCH_INTERVAL } else { pause });
+            next = next.map(|_| now + if looked.is_ok() { interval } else { pause });
         }
     }
 
-    /// Logs what changes: the keys, the beginning and the end of an outage.
-    fn report(&self, looked: &Result<bool, String>, outage: &mut bool) {
+    /// Logs what changes: the keys, the beginning and the end of an outage; where the operator has asked, what came of it.
+    fn report(&self, looked: &Result<bool, String>, told: bool, outage: &mut bool) {
         let source = &self.source;
         match looked {
-            Err(error) if !*outage => {
+            Err(error) if told || !*outage => {
                 let kept = self.current().map_or(0, |set| set.len());
                 tracing::error!(%source, error, kept, "the keys for tokens cannot be had; those that are there stay");
             }
-            Ok(true) => self.announce(),
-            Ok(false) if *outage => tracing::info!(%source, "the keys for tokens can be had again"),
+            Ok(_) if *outage => tracing::info!(%source, "the keys for tokens can be had again"),
+            Ok(_) if told => tracing::info!(%source, "the keys for tokens were read again"),
             _ => {}
+        }
+        if *looked == Ok(true) {
+            self.announce();
         }
         *outage = looked.is_err();
     }
@@ -193,8 +203,8 @@ impl Keys {
                 read.unwrap_or_else(|error| Err(error.to_string()))?
             }
             Place::Url { upstream, target, .. } => {
-                let fetched = timeout(FETCH_TIMEOUT, fetch(upstream, target)).await;
-                fetched.unwrap_or_else(|_| Err(format!("no answer within {} s", FETCH_TIMEOUT.as_secs())))?
+                let fetched = timeout(self.times.fetch, fetch(upstream, target)).await;
+                fetched.unwrap_or_else(|_| Err(format!("no answer within {} ms", self.times.fetch.as_millis())))?
             }
         };
         self.take(&text)
@@ -239,16 +249,18 @@ async fn fetch(upstream: &Arc<Upstream>, target: &PathAndQuery) -> Result<Vec<u8
     *request.uri_mut() = Uri::from(target.clone());
     request.headers_mut().insert(HOST, upstream.options().authority.clone());
     request.headers_mut().insert(ACCEPT, HeaderValue::from_static("application/jwk-set+json, application/json"));
+    // The errors' own words are about the API.
     let response = upstream.send(request, None).await.map_err(|error| match error {
-        // It speaks of another upstream.
         SendError::Unreachable { error, .. } => format!("cannot connect: {error}"),
-        other => format!("no sound answer: {other}"),
+        SendError::Broken(error) => format!("the connection broke off: {error}"),
+        SendError::Malformed(what) => format!("the answer is malformed: {what}"),
+        SendError::TimedOut | SendError::Upload(_) => "no answer".to_owned(),
     })?;
     if response.status() != StatusCode::OK {
         return Err(format!("the answer is {}, not 200", response.status().as_u16()));
     }
     let body = Limited::new(response.into_body(), SET_MAX).collect().await;
-    Ok(body.map_err(|error| format!("no whole answer: {error}"))?.to_bytes().to_vec())
+    Ok(body.map_err(|error| format!("the answer did not come to its end: {error}"))?.to_bytes().to_vec())
 }
 
 impl fmt::Display for Place {
