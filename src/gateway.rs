@@ -17,7 +17,7 @@ pub mod tunnel;
 pub mod upstream;
 
 use crate::idempotency::fingerprint::Payload;
-use crate::idempotency::{Millis, Origin};
+use crate::idempotency::{Fingerprint, Millis, Origin};
 use crate::ledger::{Answer, Arrival, Arrived, Budget, Held, Ledger, Settlement};
 use crate::store::{AnyStore, StoreError};
 use crate::telemetry::{Metrics, Outcome, RouteMetrics};
@@ -82,6 +82,8 @@ pub struct Gateway {
 
 struct Route {
     options: RouteOptions,
+    /// [`crate::idempotency::FingerprintSettings::id`].
+    fingerprint_settings: u64,
     metrics: RouteMetrics,
 }
 
@@ -93,7 +95,7 @@ impl Gateway {
     pub(crate) fn new(options: Options, ledger: GatewayLedger, secret: Secret, metrics: Metrics) -> Arc<Self> {
         let route = |options: &RouteOptions| {
             let metrics = metrics.route(options.pattern.as_str());
-            Arc::new(Route { options: options.clone(), metrics })
+            Arc::new(Route { options: options.clone(), fingerprint_settings: options.fingerprint.id(), metrics })
         };
         Arc::new(Self {
             routes: options.routes.iter().map(route).collect(),
@@ -183,18 +185,19 @@ impl Gateway {
         if key.is_none() && route.options.missing_key == MissingKey::Pass {
             return self.pass(request, peer, &route.metrics, chained).await;
         }
-        let intercepted = Intercepted { route, path, params, key, peer: peer.clone(), chained };
+        let (parts, body) = request.into_parts();
+        let intercepted = Box::new(Intercepted { parts, route, path, params, key, peer: peer.clone(), chained });
         // What this takes is not part of every request that passes through.
-        Box::pin(self.intercept(request, intercepted)).await
+        Box::pin(self.intercept(intercepted, body)).await
     }
 
     /// The route that a normalised path belongs to: the first that matches, in the order of the configuration.
     fn route(&self, path: NormalPath) -> Option<(&Arc<Route>, NormalPath, Params)> {
-        self.routes.iter().find_map(|route| {
+        let (route, params) = self.routes.iter().find_map(|route| {
             let params = path::matches(&route.options.pattern, route.options.case_sensitive, &path)?;
-            let path = path.clone();
-            Some((route, if route.options.case_sensitive { path } else { path.folded() }, params))
-        })
+            Some((route, params))
+        })?;
+        Some((route, if route.options.case_sensitive { path } else { path.folded() }, params))
     }
 
     /// A keyed POST whose path some upstreams would read as a route of ours must not slip past unprotected.
@@ -210,12 +213,12 @@ impl Gateway {
     }
 
     /// A POST on a route of ours that bears a key, or has to.
-    async fn intercept(self: &Arc<Self>, request: Request<Incoming>, intercepted: Intercepted) -> Response<ReplyBody> {
+    async fn intercept(self: &Arc<Self>, intercepted: Box<Intercepted>, body: Incoming) -> Response<ReplyBody> {
         let started = Instant::now();
         let route = Arc::clone(&intercepted.route);
         let chained = intercepted.chained;
         let mut record = None;
-        let (response, outcome) = match self.decide(request, intercepted, &mut record).await {
+        let (response, outcome) = match self.decide(intercepted, body, started, &mut record).await {
             Ok(counted) => counted,
             Err(problem) => {
                 let outcome = classify(problem.code);
@@ -237,22 +240,22 @@ impl Gateway {
     /// Key, scope, body, fingerprint; then whatever the record says.
     async fn decide(
         self: &Arc<Self>,
-        request: Request<Incoming>,
-        intercepted: Intercepted,
+        mut intercepted: Box<Intercepted>,
+        body: Incoming,
+        started: Instant,
         record: &mut Option<crate::store::RecordId>,
     ) -> Result<Counted, Problem> {
-        let options = &intercepted.route.options;
-        if intercepted.key.is_none() && options.missing_key == MissingKey::Reject {
+        let Intercepted { parts, route, path, params, key, peer, .. } = &mut *intercepted;
+        let options = &route.options;
+        if key.is_none() && options.missing_key == MissingKey::Reject {
             let detail = format!("This request needs the header {}, with a key of its own.", options.header);
             return Err(Problem::new(Code::KeyMissing, detail));
         }
-        let (mut parts, body) = request.into_parts();
-        let Intercepted { path, params, peer, .. } = &intercepted;
         let asked = scope::Request { headers: &parts.headers, path, params, peer };
-        let (tenant, credentials) = scope::tenant(&self.secret, options, &asked)?;
-        let body = body::read(body, self.options.max_body, self.options.body_timeout, &self.budget).await?;
-        let fingerprint = fingerprint(options, &parts, path, &body.bytes);
-        let key = match intercepted.key.clone() {
+        let tenant = scope::tenant(&self.secret, options, &asked)?;
+        let body = body::read(body, self.options.max_body, started + self.options.body_timeout, &self.budget).await?;
+        let fingerprint = fingerprint(route, parts, path, &body.bytes);
+        let key = match key.take() {
             Some(key) => key,
             None => {
                 let key = derived(&tenant.derive_key(&fingerprint.digest))?;
@@ -265,10 +268,12 @@ impl Gateway {
         if let Some(answer) = self.ledger.answer_from_cache(id, &options.policy, fingerprint) {
             return self.answer(answer, false);
         }
+        let asked = scope::Request { headers: &parts.headers, path, params, peer };
+        let credentials = scope::credentials(&self.secret, options, &asked);
         let arrival = Arrival {
             id,
             origin: Origin {
-                key: key.decoded.clone(),
+                key: key.decoded,
                 key_header: Bytes::copy_from_slice(key.header.as_bytes()),
                 path: Bytes::from(path.display()),
                 route: Bytes::copy_from_slice(options.pattern.as_str().as_bytes()),
@@ -281,19 +286,17 @@ impl Gateway {
             max_waiters: options.max_waiters_per_key,
         };
         // What this takes is not part of every replay.
-        Box::pin(self.settle_on(arrival, parts, body, &intercepted)).await
+        Box::pin(self.settle_on(arrival, body, intercepted)).await
     }
 
     /// Replays, waits, refuses or claims, until there is an answer.
     async fn settle_on(
         self: &Arc<Self>,
         arrival: Arrival,
-        parts: Parts,
         mut body: Held,
-        intercepted: &Intercepted,
+        intercepted: Box<Intercepted>,
     ) -> Result<Counted, Problem> {
-        let options = &intercepted.route.options;
-        let deadline = Instant::now() + options.wait_timeout;
+        let deadline = Instant::now() + intercepted.route.options.wait_timeout;
         let mut waited = false;
         loop {
             let waiting = match self.ledger.arrive(&arrival, &mut body) {
@@ -307,7 +310,7 @@ impl Gateway {
                             Err(error) => Err(unavailable(&error)),
                         };
                     };
-                    let forward = self.forward(parts, body, intercepted, permit);
+                    let forward = self.forward(*intercepted, body, permit);
                     return match forward.start(lead).await {
                         TaskAnswer::Respond(response, outcome) => Ok((response, outcome)),
                         TaskAnswer::Problem(problem) => Err(problem),
@@ -354,9 +357,11 @@ impl Gateway {
 
 /// A request on its way through the pipeline.
 struct Intercepted {
+    parts: Parts,
     route: Arc<Route>,
     path: NormalPath,
     params: Params,
+    /// Taken once the record's id is known.
     key: Option<Key>,
     peer: Peer,
     chained: bool,
@@ -367,17 +372,13 @@ fn derived(key: &str) -> Result<Key, Problem> {
     Ok(Key { decoded: Bytes::copy_from_slice(key.as_bytes()), header })
 }
 
-fn fingerprint(
-    options: &RouteOptions,
-    parts: &Parts,
-    path: &NormalPath,
-    body: &[u8],
-) -> crate::idempotency::Fingerprint {
+fn fingerprint(route: &Route, parts: &Parts, path: &NormalPath, body: &[u8]) -> Fingerprint {
+    let options = &route.options;
     let lines =
         |name: &HeaderName| parts.headers.get_all(name).into_iter().map(HeaderValue::as_bytes).collect::<Vec<_>>();
     let named = |name: &String| HeaderName::try_from(name.as_str()).map(|name| lines(&name)).unwrap_or_default();
     let headers = options.fingerprint.headers.iter().map(named).collect::<Vec<_>>();
-    options.fingerprint.fingerprint(&Payload {
+    let digest = options.fingerprint.digest(&Payload {
         method: parts.method.as_str(),
         path: &path.segments,
         query: parts.uri.query().map(str::as_bytes),
@@ -385,7 +386,8 @@ fn fingerprint(
         content_encoding: &lines(&CONTENT_ENCODING),
         headers: &headers,
         body,
-    })
+    });
+    Fingerprint { settings: route.fingerprint_settings, digest }
 }
 
 fn unavailable(error: &StoreError) -> Problem {

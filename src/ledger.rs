@@ -4,9 +4,11 @@
 
 mod budget;
 mod hot_cache;
+mod remembered;
 mod slots;
 
 pub use budget::{Budget, Held, Reservation};
+pub use remembered::Remembered;
 pub use slots::{Credentials, Settlement, StillInProgress, Waiting};
 
 use crate::clock::Clock;
@@ -62,7 +64,7 @@ pub enum Arrived<S, R: Clone + Send + Sync + 'static> {
 /// An answer that needs no upstream.
 #[derive(Clone, Debug)]
 pub enum Answer {
-    Replay(Arc<Record>),
+    Replay(Arc<Remembered>),
     KeyReused,
     /// `late`: the first caller has got its 504 already.
     InProgress {
@@ -187,7 +189,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
 
     /// The answer that a record gives to an arrival; `None`: it says to wait or to claim.
     #[must_use]
-    pub fn answer_from(&self, arrival: &Arrival, record: &Arc<Record>) -> Option<Answer> {
+    pub fn answer_from(&self, arrival: &Arrival, record: &Arc<Remembered>) -> Option<Answer> {
         judge(&arrival.policy, arrival.fingerprint, self.0.clock.now(), record, false)
     }
 
@@ -199,7 +201,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
         match self.0.store.get(arrival.id).await {
             Ok(None) => Ok(None),
             Ok(Some(entry)) => match decode(arrival.id, entry) {
-                Some((_, record)) => Ok(self.answer_from(arrival, &Arc::new(record))),
+                Some((_, record)) => Ok(self.answer_from(arrival, &Remembered::new(record))),
                 None => Ok(Some(Answer::OutcomeUnknown)),
             },
             Err(StoreError::Damaged { id, detail }) => Ok(Some(damaged(id, &detail))),
@@ -259,13 +261,19 @@ impl<S: Store, R> Shared<S, R> {
 }
 
 /// What a record that was read means for an arrival; `None`: wait for it, or claim the key.
-fn judge(policy: &Policy, fingerprint: Fingerprint, now: Millis, record: &Arc<Record>, late: bool) -> Option<Answer> {
+fn judge(
+    policy: &Policy,
+    fingerprint: Fingerprint,
+    now: Millis,
+    record: &Arc<Remembered>,
+    late: bool,
+) -> Option<Answer> {
     // Origin and token are not used: nothing of this step is written.
     let event = Event::Arrive { origin: Origin::default(), fingerprint, token: ClaimToken([0; 16]) };
     answer(step(policy, now, Some(record), &event).decision, record, late)
 }
 
-fn answer(decision: Decision, record: &Arc<Record>, late: bool) -> Option<Answer> {
+fn answer(decision: Decision, record: &Arc<Remembered>, late: bool) -> Option<Answer> {
     match decision {
         Decision::Replay => Some(Answer::Replay(Arc::clone(record))),
         Decision::Reject(RejectReason::KeyReused) => Some(Answer::KeyReused),
@@ -312,7 +320,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Lead<S, R> {
             // An arrival never removes a record; should it, nothing was claimed.
             return Ok(ClaimResult::Answer(Answer::InProgress { late: false }));
         };
-        let record = Arc::new(record);
+        let record = Remembered::new(record);
         if let Decision::Forward { resend } = decision {
             shared.metrics.claim_seconds.observe(started.elapsed());
             owner.slot().set_claimed(Arc::clone(&record));
@@ -341,7 +349,7 @@ struct HeldClaim<S, R: Clone> {
     arrival: Arrival,
     owner: SlotOwner<R>,
     version: Version,
-    record: Arc<Record>,
+    record: Arc<Remembered>,
 }
 
 impl<S: Store, R: Clone + Send + Sync + 'static> Claim<S, R> {
@@ -408,7 +416,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> HeldClaim<S, R> {
         let Self { shared, arrival, owner, .. } = *self;
         match settled {
             (Decision::Settled, Some((_, record))) if matches!(record.state, State::Completed { .. }) => {
-                let record = Arc::new(record);
+                let record = Remembered::new(record);
                 shared.hot.put(arrival.id, Arc::clone(&record), shared.clock.now());
                 owner.settle(Settlement::Recorded(record));
             }

@@ -67,18 +67,17 @@ pub(super) struct Forward {
 impl Gateway {
     pub(super) fn forward(
         self: &Arc<Self>,
-        mut parts: Parts,
+        intercepted: Intercepted,
         body: Held,
-        intercepted: &Intercepted,
         permit: OwnedSemaphorePermit,
     ) -> Box<Forward> {
-        headers::prepare_request(&mut parts.headers, parts.version, &intercepted.peer);
+        let Intercepted { mut parts, route, peer, .. } = intercepted;
+        headers::prepare_request(&mut parts.headers, parts.version, &peer);
         self.set_host(&mut parts.headers);
         parts.headers.insert(CONTENT_LENGTH, body.bytes.len().into());
         parts.headers.remove(TRAILER);
         parts.version = Version::HTTP_11;
         parts.extensions.clear();
-        let route = Arc::clone(&intercepted.route);
         let gateway = Arc::clone(self);
         Box::new(Forward { gateway, route, parts, body: Some(body), _permit: permit, reply: None })
     }
