@@ -4,9 +4,11 @@
 
 mod budget;
 mod hot_cache;
+mod operator;
 mod slots;
 
 pub use budget::{Budget, Held, Reservation};
+pub use operator::{Act, Acted, Refusal, Shown};
 pub use slots::{Credentials, Settlement, StillInProgress, Waiting};
 
 use crate::clock::Clock;
@@ -278,7 +280,10 @@ fn answer(decision: Decision, record: &Arc<Record>, late: bool) -> Option<Answer
         | Decision::Wait { .. }
         | Decision::Renewed
         | Decision::Settled
-        | Decision::Superseded => None,
+        | Decision::Superseded
+        | Decision::NotFound
+        | Decision::InFlight
+        | Decision::NotUnknown => None,
     }
 }
 
