@@ -1,6 +1,7 @@
 //! The configuration: file, environment and flags, resolved into each module's own options. Nothing is bound here, nothing
 //! opened but the files of `[server.tls]` and `[upstream.tls]` that are read, and all errors are reported at once.
 
+mod questions;
 mod reader;
 mod routes;
 mod sections;

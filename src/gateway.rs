@@ -6,10 +6,13 @@ mod forward;
 pub mod headers;
 pub mod identity;
 pub mod key;
+pub mod lookup;
 mod options;
 mod pass;
 pub mod path;
+pub mod probe;
 pub mod problem;
+pub mod question;
 pub mod reply;
 pub mod route;
 pub mod scope;
@@ -18,7 +21,7 @@ pub mod upstream;
 
 use crate::idempotency::fingerprint::Payload;
 use crate::idempotency::{Fingerprint, Millis, Origin};
-use crate::ledger::{Answer, Arrival, Arrived, Budget, Held, Ledger, Settlement};
+use crate::ledger::{Answer, Arrival, Arrived, Budget, ClaimResult, Held, Inquiry, Ledger, Settlement};
 use crate::store::{AnyStore, StoreError};
 use crate::telemetry::{Metrics, Outcome, RouteMetrics};
 use bytes::Bytes;
@@ -32,6 +35,7 @@ use hyper::body::Incoming;
 use key::Key;
 pub use options::{MissingKey, OnStoreError, Options, ReplayAuth, RouteOptions};
 use path::{NormalPath, Params, Readings};
+use probe::{Caller, Probes};
 use problem::{Code, Problem};
 use reply::ReplyBody;
 use scope::Secret;
@@ -60,6 +64,8 @@ pub struct Peer {
 /// A response that waiters with the same credentials may share when nothing was executed.
 pub(crate) type Unrecorded = Arc<forward::Unrecorded>;
 pub(crate) type GatewayLedger = Ledger<AnyStore, Unrecorded>;
+type GatewayInquiry = Inquiry<AnyStore, Unrecorded>;
+type SharedClaim = ClaimResult<AnyStore, Unrecorded>;
 
 /// The gateway: everything that the requests of one worker share, most of it with those of the others.
 #[derive(Clone)]
@@ -78,6 +84,7 @@ pub struct Gateway {
     /// Cancelled when the drain's time is over.
     give_up: CancellationToken,
     tunnels: Arc<Tunnels>,
+    probes: Arc<Probes>,
 }
 
 struct Route {
@@ -108,6 +115,7 @@ impl Gateway {
             claims: TaskTracker::new(),
             give_up: CancellationToken::new(),
             tunnels: Arc::default(),
+            probes: Arc::default(),
             options: Arc::new(options),
             metrics,
         })
@@ -265,7 +273,10 @@ impl Gateway {
         };
         let id = tenant.record_id(&key.decoded);
         *record = Some(id);
-        if let Some(answer) = self.ledger.answer_from_cache(id, &options.policy, fingerprint) {
+        let answer = self.ledger.answer_from_cache(id, &options.policy, fingerprint);
+        if let Some(answer) = &answer
+            && options.probe.is_none()
+        {
             return self.answer(answer, false);
         }
         let asked = scope::Request { headers: &parts.headers, path, params, peer };
@@ -285,8 +296,15 @@ impl Gateway {
             policy: options.policy,
             max_waiters: options.max_waiters_per_key,
         };
+        let caller = self.caller(&intercepted, credentials);
         // What this takes is not part of every replay.
-        Box::pin(self.settle_on(arrival, body, intercepted)).await
+        Box::pin(async move {
+            match answer {
+                Some(answer) => self.show(answer, false, caller.as_deref()).await,
+                None => self.settle_on(arrival, body, intercepted, caller.as_deref()).await,
+            }
+        })
+        .await
     }
 
     /// Replays, waits, refuses or claims, until there is an answer.
@@ -295,17 +313,18 @@ impl Gateway {
         arrival: Arrival,
         mut body: Held,
         intercepted: Box<Intercepted>,
+        caller: Option<&Caller>,
     ) -> Result<Counted, Problem> {
         let deadline = Instant::now() + intercepted.route.options.wait_timeout;
         let mut waited = false;
         loop {
             let waiting = match self.ledger.arrive(&arrival, &mut body) {
-                Arrived::Answer(answer) => return self.answer(answer, waited),
+                Arrived::Answer(answer) => return self.show(answer, waited, caller).await,
                 Arrived::Lead(lead) => {
                     let Ok(permit) = Arc::clone(&self.in_flight).try_acquire_owned() else {
                         drop(lead);
                         return match self.ledger.look_up(&arrival).await {
-                            Ok(Some(answer)) => self.answer(answer, waited),
+                            Ok(Some(answer)) => self.show(answer, waited, caller).await,
                             Ok(None) => Err(Problem::overloaded()),
                             Err(error) => Err(unavailable(&error)),
                         };
@@ -314,7 +333,7 @@ impl Gateway {
                     return match forward.start(lead).await {
                         TaskAnswer::Respond(response, outcome) => Ok((response, outcome)),
                         TaskAnswer::Problem(problem) => Err(problem),
-                        TaskAnswer::Record(answer) => self.answer(answer, waited),
+                        TaskAnswer::Record(answer) => self.show(answer, waited, caller).await,
                     };
                 }
                 Arrived::Wait(waiting) => waiting,
@@ -327,29 +346,43 @@ impl Gateway {
                 Err(still) => return Err(Problem::in_progress(still.late)),
                 Ok(Settlement::Recorded(record)) => {
                     if let Some(answer) = self.ledger.answer_from(&arrival, &record) {
-                        return self.answer(answer, waited);
+                        return self.show(answer, waited, caller).await;
                     }
                 }
                 Ok(Settlement::NotExecuted { response, credentials }) if credentials == arrival.credentials => {
                     return response.respond(Outcome::waited);
                 }
-                Ok(Settlement::NotExecuted { .. } | Settlement::Again) => {}
+                Ok(Settlement::Undecided { answer, credentials }) if credentials == arrival.credentials => {
+                    return self.answer(&answer, waited);
+                }
+                Ok(Settlement::NotExecuted { .. } | Settlement::Undecided { .. } | Settlement::Again) => {}
             }
         }
     }
 
-    fn answer(&self, answer: Answer, waited: bool) -> Result<Counted, Problem> {
+    /// Answers, once it is known that the caller may see what the record holds.
+    async fn show(&self, answer: Answer, waited: bool, caller: Option<&Caller>) -> Result<Counted, Problem> {
+        if let Some(caller) = caller
+            && matches!(answer, Answer::Replay(_) | Answer::BodyNotRecorded { .. })
+            && let Some(refusal) = self.probe(caller).await?
+        {
+            return refusal.respond(Outcome::rejected);
+        }
+        self.answer(&answer, waited)
+    }
+
+    fn answer(&self, answer: &Answer, waited: bool) -> Result<Counted, Problem> {
         match answer {
-            Answer::Replay(record) => match reply::replay(&record, self.ledger.now()) {
+            Answer::Replay(record) => match reply::replay(record, self.ledger.now()) {
                 Some(response) => Ok((response, if waited { Outcome::waited } else { Outcome::replayed })),
                 // It was executed, that much is sure; a record like this cannot be written by this program.
                 None => Err(Problem::body_not_recorded(0, None)),
             },
             Answer::KeyReused => Err(Problem::key_reused()),
-            Answer::InProgress { late } => Err(Problem::in_progress(late)),
+            Answer::InProgress { late } => Err(Problem::in_progress(*late)),
             Answer::OutcomeUnknown => Err(Problem::outcome_unknown()),
             Answer::BodyNotRecorded { status, location } => {
-                Err(Problem::body_not_recorded(status, location.as_deref()))
+                Err(Problem::body_not_recorded(*status, location.as_deref()))
             }
         }
     }
@@ -406,6 +439,7 @@ fn classify(code: Code) -> Outcome {
         | Code::UpstreamTimeout
         | Code::StoreUnavailable
         | Code::Overloaded
+        | Code::ProbeFailed
         | Code::Draining => Outcome::failed,
         Code::KeyMissing
         | Code::KeyInvalid
@@ -453,6 +487,8 @@ mod test_support {
                 .to_vec(),
             trusted_headers: Vec::new(),
             replay_auth: ReplayAuth::Scope,
+            lookup: None,
+            probe: None,
         }
     }
 }

@@ -4,17 +4,21 @@
 
 mod budget;
 mod hot_cache;
+mod lead;
+mod operator;
 mod remembered;
 mod slots;
 
 pub use budget::{Budget, Held, Reservation};
+pub use lead::{Inquiry, Lead};
+pub use operator::{Act, Acted, Refusal, Shown};
 pub use remembered::Remembered;
 pub use slots::{Credentials, Settlement, StillInProgress, Waiting};
 
 use crate::clock::Clock;
 use crate::idempotency::{
-    ClaimToken, Decision, Event, Fingerprint, Millis, Origin, Outcome, Policy, Record, RejectReason, State, Why, Write,
-    codec, step,
+    ClaimToken, Concurrent, Decision, Event, Fingerprint, Millis, Origin, Outcome, Policy, Record, RejectReason, State,
+    Why, Write, codec, step,
 };
 use crate::store::{Entry, RecordId, Status, Store, StoreError, Swap, Tag, Urgency, Value, Version};
 use crate::telemetry::Metrics;
@@ -80,6 +84,8 @@ pub enum Answer {
 /// What became of an attempt to claim.
 pub enum ClaimResult<S: Store, R: Clone + Send + Sync + 'static> {
     Claimed(Claim<S, R>),
+    /// Nobody knows what became of it: ask the upstream.
+    LookUp(Inquiry<S, R>),
     Answer(Answer),
 }
 
@@ -181,6 +187,10 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
             return Arrived::Answer(answer);
         }
         slot.share_body(body);
+        let asked = claimed.as_ref().is_some_and(|record| matches!(record.state, State::Unknown { .. }));
+        if asked && arrival.policy.concurrent == Concurrent::Conflict {
+            return Arrived::Answer(Answer::InProgress { late: slot.is_late() });
+        }
         match slot.join(arrival.max_waiters, claimed.is_none()) {
             Some(waiting) => Arrived::Wait(waiting),
             None => Arrived::Answer(Answer::InProgress { late: slot.is_late() }),
@@ -283,57 +293,14 @@ fn answer(decision: Decision, record: &Arc<Remembered>, late: bool) -> Option<An
             Some(Answer::BodyNotRecorded { status, location })
         }
         Decision::Forward { .. }
+        | Decision::Lookup
         | Decision::Wait { .. }
         | Decision::Renewed
         | Decision::Settled
-        | Decision::Superseded => None,
-    }
-}
-
-fn arrive_event(arrival: &Arrival, token: ClaimToken) -> Event {
-    Event::Arrive { origin: arrival.origin.clone(), fingerprint: arrival.fingerprint, token }
-}
-
-/// The right, and the duty, to claim a key that nobody here works on. Duplicates wait from now on; they look again if
-/// this is dropped.
-pub struct Lead<S, R: Clone> {
-    shared: Arc<Shared<S, R>>,
-    arrival: Arrival,
-    owner: SlotOwner<R>,
-}
-
-impl<S: Store, R: Clone + Send + Sync + 'static> Lead<S, R> {
-    /// Claims the key in the store, or says what the store answers instead.
-    ///
-    /// # Errors
-    /// The store's; nothing may be forwarded then.
-    pub async fn claim(self) -> Result<ClaimResult<S, R>, StoreError> {
-        let Self { shared, arrival, owner } = self;
-        let started = Instant::now();
-        let token = new_token();
-        let event = arrive_event(&arrival, token);
-        let (decision, stored) = match shared.apply(arrival.id, &arrival.policy, None, &event).await {
-            Err(StoreError::Damaged { id, detail }) => return Ok(ClaimResult::Answer(damaged(id, &detail))),
-            applied => applied?,
-        };
-        let Some((version, record)) = stored else {
-            // An arrival never removes a record; should it, nothing was claimed.
-            return Ok(ClaimResult::Answer(Answer::InProgress { late: false }));
-        };
-        let record = Remembered::new(record);
-        if let Decision::Forward { resend } = decision {
-            shared.metrics.claim_seconds.observe(started.elapsed());
-            owner.slot().set_claimed(Arc::clone(&record));
-            let held = HeldClaim { shared, arrival, owner, version, record };
-            return Ok(ClaimResult::Claimed(Claim { held: Some(Box::new(held)), resend }));
-        }
-        shared.hot.put(arrival.id, Arc::clone(&record), shared.clock.now());
-        // A claim in the store without a slot here is one whose outcome could not be written: nobody is at it.
-        let answer = answer(decision, &record, false).unwrap_or(Answer::InProgress { late: false });
-        if matches!(answer, Answer::Replay(_) | Answer::BodyNotRecorded { .. }) {
-            owner.settle(Settlement::Recorded(record));
-        }
-        Ok(ClaimResult::Answer(answer))
+        | Decision::Superseded
+        | Decision::NotFound
+        | Decision::InFlight
+        | Decision::NotUnknown => None,
     }
 }
 

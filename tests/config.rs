@@ -145,10 +145,31 @@ const ERRORS: &[(&str, &str, &str)] = &[
     ),
     ("upstream.url = \"https://a/b\"", "f.toml:1: upstream.url: ", "must end after host and port"),
     ("idempotency.scope = [\"jwt:sub\"]", "f.toml:1: idempotency.scope: ", "not built yet"),
-    ("idempotency.unknown_outcome = \"lookup\"", "f.toml:1: idempotency.unknown_outcome: ", "not built yet"),
-    ("idempotency.lookup.path = \"/a\"", "f.toml:1: idempotency.lookup: ", "not built yet"),
-    ("idempotency.replay_auth = \"probe\"", "f.toml:1: idempotency.replay_auth: ", "not built yet"),
-    ("idempotency.probe.path = \"/a\"", "f.toml:1: idempotency.probe: ", "not built yet"),
+    ("idempotency.unknown_outcome = \"lookup\"", "f.toml:1: idempotency.unknown_outcome: ", "needs lookup.path"),
+    (
+        "idempotency.unknown_outcome = \"lookup\"\nidempotency.lookup.path = \"/a\"",
+        "f.toml:2: idempotency.lookup.path: ",
+        "no place for the key",
+    ),
+    (
+        "idempotency.unknown_outcome = \"lookup\"\nidempotency.lookup.path = \"/{workspace}/{key}\"",
+        "f.toml:2: idempotency.lookup.path: ",
+        "{workspace}, which /posts has not",
+    ),
+    (
+        "idempotency.unknown_outcome = \"lookup\"\nidempotency.lookup.path = \"/{key}\"\nidempotency.lookup.not_executed = [\"4x4\"]",
+        "f.toml:3: idempotency.lookup.not_executed: ",
+        "is no entry",
+    ),
+    ("idempotency.lookup.paht = \"/{key}\"", "f.toml:1: idempotency.lookup.paht: ", "no such key"),
+    ("idempotency.lookup.min_age = 3", "f.toml:1: idempotency.lookup.min_age: ", "duration"),
+    ("idempotency.replay_auth = \"probe\"", "f.toml:1: idempotency.replay_auth: ", "needs probe.path"),
+    (
+        "idempotency.replay_auth = \"probe\"\nidempotency.probe.path = \"a\"",
+        "f.toml:2: idempotency.probe.path: ",
+        "is no target",
+    ),
+    ("idempotency.probe.cache = \"x\"", "f.toml:1: idempotency.probe.cache: ", "duration"),
     ("idempotency.mode = \"observe\"", "f.toml:1: idempotency.mode: ", "not built yet"),
     ("[auth]", "f.toml:1: auth: ", "not built yet"),
     ("store.engine = \"redis\"", "f.toml:1: store.engine: ", "not built yet"),
@@ -308,10 +329,17 @@ fn the_shipped_file_names_every_key() {
             let named = body[..end].lines().any(|line| {
                 let line = line.trim_start_matches("# ");
                 line.starts_with(&format!("{key} ="))
+                    || line.starts_with(&format!("{key}."))
                     || line.starts_with(&format!("[{section}{dot}{key}"))
                     || line.starts_with(&format!("[[{key}"))
             }) || SHIPPED.contains(&format!("\n[{section}{dot}{key}]"));
             assert!(named, "{section}{dot}{key} is not in config.toml");
+        }
+    }
+    for table in ["lookup", "probe"] {
+        let found = lines(&format!("idempotency.{table}.zzzzzzzzzzzzzzzz = 1"));
+        for key in found[0].split_once("there are: ").unwrap_or_else(|| panic!("{found:?}")).1.split(", ") {
+            assert!(SHIPPED.contains(&format!("\n# {table}.{key} = ")), "{table}.{key} is not in config.toml");
         }
     }
 }

@@ -48,7 +48,8 @@ pub(super) fn resolve(root: Node, errors: &mut Errors) -> Option<Config> {
 
     let (server, client) = server_section(server_node, errors);
     let upstream = upstream::resolve(upstream_node, errors);
-    let routes = routes::resolve(routes_node, idempotency_node, client.absent, errors);
+    let wait = upstream.as_ref().map_or(Duration::ZERO, |up| up.response_timeout + up.late_window);
+    let routes = routes::resolve(routes_node, idempotency_node, client.absent, wait, errors);
     let ledger = cache_section(cache_node, errors);
     let store = store_section(store_node, errors);
     let (admin, admin_at) = admin_section(admin_node, errors);

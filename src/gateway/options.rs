@@ -1,6 +1,6 @@
 //! What the gateway is told by the configuration.
 
-use super::{route, scope, tunnel, upstream};
+use super::{lookup, probe, route, scope, tunnel, upstream};
 use crate::idempotency::{FingerprintSettings, OutcomeTable, Policy};
 use http::HeaderName;
 use ipnet::IpNet;
@@ -36,6 +36,8 @@ pub enum OnStoreError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplayAuth {
     Scope,
+    /// Whom the upstream lets see it.
+    Probe,
     /// Whoever knows tenant and key gets the replay.
     None,
 }
@@ -60,4 +62,8 @@ pub struct RouteOptions {
     pub credential_headers: Vec<HeaderName>,
     pub trusted_headers: Vec<HeaderName>,
     pub replay_auth: ReplayAuth,
+    /// With [`crate::idempotency::UnknownOutcome::Lookup`].
+    pub lookup: Option<lookup::Options>,
+    /// With [`ReplayAuth::Probe`].
+    pub probe: Option<probe::Options>,
 }

@@ -27,6 +27,7 @@ pub enum Code {
     StoreUnavailable,
     Overloaded,
     Draining,
+    ProbeFailed,
 }
 
 impl Code {
@@ -53,6 +54,7 @@ impl Code {
             Self::StoreUnavailable => ("store_unavailable", S::SERVICE_UNAVAILABLE, "Store unavailable"),
             Self::Overloaded => ("overloaded", S::SERVICE_UNAVAILABLE, "Overloaded"),
             Self::Draining => ("draining", S::SERVICE_UNAVAILABLE, "Draining"),
+            Self::ProbeFailed => ("probe_failed", S::SERVICE_UNAVAILABLE, "The right to the answer is not known"),
         }
     }
 
@@ -69,7 +71,7 @@ impl Code {
     /// Seconds after which a retry makes sense, where it does.
     fn retry_after(self) -> Option<u32> {
         match self {
-            Self::InProgress | Self::StoreUnavailable | Self::Overloaded => Some(1),
+            Self::InProgress | Self::StoreUnavailable | Self::Overloaded | Self::ProbeFailed => Some(1),
             Self::Draining => Some(5),
             _ => None,
         }

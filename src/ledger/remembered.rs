@@ -30,6 +30,12 @@ impl Remembered {
     }
 }
 
+impl PartialEq for Remembered {
+    fn eq(&self, other: &Self) -> bool {
+        self.record == other.record
+    }
+}
+
 impl Deref for Remembered {
     type Target = Record;
 

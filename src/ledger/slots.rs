@@ -1,5 +1,6 @@
 //! Keys that this gateway is working on, and the duplicates that wait for them.
 
+use super::Answer;
 use super::budget::Held;
 use super::remembered::Remembered;
 use crate::store::{HashOfIds, RecordId};
@@ -20,6 +21,8 @@ pub enum Settlement<R> {
     Recorded(Arc<Remembered>),
     /// Nothing was executed; whoever bears the same credentials gets this same response.
     NotExecuted { response: R, credentials: Credentials },
+    /// The upstream was asked in vain; whoever bears the same credentials gets this same answer.
+    Undecided { answer: Answer, credentials: Credentials },
     /// Look again, as a newcomer.
     Again,
 }
@@ -28,7 +31,7 @@ pub enum Settlement<R> {
 pub(super) enum Phase<R> {
     /// The claim is on its way to the store.
     Pending,
-    /// The claim is durable.
+    /// The claim is durable; or the record's outcome is unknown, and the upstream is being asked.
     Claimed(Arc<Remembered>),
     Settled(Settlement<R>),
 }
@@ -50,6 +53,13 @@ impl<R: Clone> Slot<R> {
             Phase::Claimed(record) => Some(Arc::clone(record)),
             _ => None,
         }
+    }
+
+    /// Waits until the claim is known or the slot has ended.
+    pub(super) async fn decided(&self) {
+        let mut phase = self.phase.subscribe();
+        // The slot is held, so its sender cannot be gone.
+        let _ = phase.wait_for(|phase| !matches!(phase, Phase::Pending)).await;
     }
 
     pub(super) fn is_late(&self) -> bool {
@@ -137,6 +147,10 @@ pub(super) struct Slots<R> {
 impl<R: Clone> Slots<R> {
     pub(super) fn new() -> Self {
         Self { shards: std::array::from_fn(|_| Mutex::default()) }
+    }
+
+    pub(super) fn get(&self, id: RecordId) -> Option<Arc<Slot<R>>> {
+        lock(self.shard(id)).get(&id).map(Arc::clone)
     }
 
     /// The slot of `id`; or a new one, which then belongs to the caller.
