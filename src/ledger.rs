@@ -4,10 +4,12 @@
 
 mod budget;
 mod hot_cache;
+mod listing;
 mod operator;
 mod slots;
 
 pub use budget::{Budget, Held, Reservation};
+pub use listing::Listed;
 pub use operator::{Act, Acted, Refusal, Shown};
 pub use slots::{Credentials, Settlement, StillInProgress, Waiting};
 
