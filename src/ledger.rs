@@ -5,12 +5,14 @@
 mod budget;
 mod hot_cache;
 mod lead;
+mod listing;
 mod operator;
 mod remembered;
 mod slots;
 
 pub use budget::{Budget, Held, Reservation};
 pub use lead::{Inquiry, Lead};
+pub use listing::Listed;
 pub use operator::{Act, Acted, Refusal, Shown};
 pub use remembered::Remembered;
 pub use slots::{Credentials, Settlement, StillInProgress, Waiting};

@@ -30,8 +30,10 @@ pub struct Act<E> {
     /// Who acts: for the log.
     pub who: Arc<str>,
     /// The rules for the record's route, and what is to become of it.
-    pub decide: Box<dyn FnOnce(&Record) -> Result<(Policy, Event), E> + Send>,
+    pub decide: Decide<E>,
 }
+
+type Decide<E> = Box<dyn FnOnce(&Record) -> Result<(Policy, Event), E> + Send>;
 
 /// An act that has landed.
 #[derive(Clone, Debug)]
