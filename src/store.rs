@@ -61,6 +61,14 @@ pub struct Entry {
     pub value: Value,
 }
 
+/// A part of what a store holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Page {
+    pub entries: Vec<(RecordId, Entry)>,
+    /// Where to go on; `None`: that was the end.
+    pub next: Option<u64>,
+}
+
 /// The answer to a compare-and-swap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Swap {
@@ -154,6 +162,20 @@ pub trait Store: Send + Sync + 'static {
     /// [`StoreError::Failed`], [`StoreError::Damaged`].
     fn unexpiring(&self) -> Result<Vec<(RecordId, Entry)>, StoreError>;
 
+    /// What the store holds, of a tag or altogether, roughly oldest first, in pages: `after` 0 begins, [`Page::next`] goes
+    /// on, also after a restart. What has expired but was not swept is shown: the caller judges. What stays unchanged
+    /// from the first page to the last is in one of them (in two, if the sweep moves it meanwhile); what is written
+    /// meanwhile may be in none, or in several, each time as it was then.
+    ///
+    /// A page is bounded work: at most `visit` entries are looked at (one at least), and a few mebibytes. So it may hold
+    /// few entries, or none, although it is not the last. Whoever pages more slowly than others write comes to no end.
+    /// Damaged entries are passed over, with a word in the log. A cursor that no page has given begins anywhere.
+    ///
+    /// # Errors
+    /// [`StoreError::Failed`].
+    fn list(&self, tag: Option<Tag>, after: u64, visit: usize)
+    -> impl Future<Output = Result<Page, StoreError>> + Send;
+
     /// The newest time that any write has borne: the clock must not start before it.
     fn newest_ms(&self) -> u64;
 
@@ -229,6 +251,10 @@ impl Store for AnyStore {
 
     fn unexpiring(&self) -> Result<Vec<(RecordId, Entry)>, StoreError> {
         delegate!(self, store => store.unexpiring())
+    }
+
+    async fn list(&self, tag: Option<Tag>, after: u64, visit: usize) -> Result<Page, StoreError> {
+        delegate!(self, store => store.list(tag, after, visit).await)
     }
 
     fn newest_ms(&self) -> u64 {
