@@ -1,5 +1,5 @@
 //! The configuration: file, environment and flags, resolved into each module's own options. Nothing is bound here, nothing
-//! opened but the files of `[server.tls]` and `[upstream.tls]` that are read, and all errors are reported at once.
+//! opened but the files of `[server.tls]`, `[upstream.tls]` and `admin.token_file` that are read, and all errors are reported at once.
 
 mod reader;
 mod routes;

@@ -4,9 +4,13 @@
 
 mod budget;
 mod hot_cache;
+mod listing;
+mod operator;
 mod slots;
 
 pub use budget::{Budget, Held, Reservation};
+pub use listing::Listed;
+pub use operator::{Act, Acted, Refusal, Shown};
 pub use slots::{Credentials, Settlement, StillInProgress, Waiting};
 
 use crate::clock::Clock;
@@ -278,7 +282,10 @@ fn answer(decision: Decision, record: &Arc<Record>, late: bool) -> Option<Answer
         | Decision::Wait { .. }
         | Decision::Renewed
         | Decision::Settled
-        | Decision::Superseded => None,
+        | Decision::Superseded
+        | Decision::NotFound
+        | Decision::InFlight
+        | Decision::NotUnknown => None,
     }
 }
 

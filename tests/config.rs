@@ -129,6 +129,13 @@ const ERRORS: &[(&str, &str, &str)] = &[
     ("[server.tls]\nkey = \"k\"", "f.toml:1: server.tls.cert: ", "is missing"),
     ("[server.tls]\ncert = \"c\"\nkey = \"\"", "f.toml:3: server.tls.key: ", "must not be empty"),
     ("idempotency.scope = [\"client-cert\"]", "f.toml:1: idempotency.scope: ", "needs server.tls.client_ca"),
+    ("admin.token_file = \"/nowhere/t\"", "f.toml:1: admin.token_file: ", "/nowhere/t: cannot be read"),
+    ("admin.token_file = \"\"", "f.toml:1: admin.token_file: ", "must not be empty"),
+    ("admin.listen = \"0.0.0.0:1\"", "f.toml:1: admin.listen: ", "write admin.token_file"),
+    ("admin.listen = \"[::]:1\"", "f.toml:1: admin.listen: ", "write admin.token_file"),
+    ("admin.listen = \"10.0.0.1:1\"", "f.toml:1: admin.listen: ", "write admin.token_file"),
+    ("admin.listen = \"localhost.example:1\"", "f.toml:1: admin.listen: ", "write admin.token_file"),
+    ("admin.listen = \"0.0.0.0:1\"\nadmin.token_file = \"/nowhere/t\"", "f.toml:2: admin.token_file: ", "/nowhere/t"),
     // What later versions bring.
     ("[server.cors]", "f.toml:1: server.cors: ", "not built yet"),
     ("[upstream.tls]", "f.toml:1: upstream.tls: ", "unless upstream.url is https"),
@@ -155,7 +162,6 @@ const ERRORS: &[(&str, &str, &str)] = &[
     ("store.engine = \"postgres\"", "f.toml:1: store.engine: ", "not built yet"),
     ("store.url = \"redis://a\"", "f.toml:1: store.url: ", "not built yet"),
     ("store.lease = \"31s\"", "f.toml:1: store.lease: ", "not built yet"),
-    ("admin.token_file = \"x\"", "f.toml:1: admin.token_file: ", "not built yet"),
     ("admin.ready_needs_store = true", "f.toml:1: admin.ready_needs_store: ", "not built yet"),
 ];
 
@@ -178,6 +184,25 @@ fn all_errors_come_at_once_in_the_order_of_the_file() {
     let starts = [2, 3, 5, 6, 9, 11, 12, 14].map(|line| format!("f.toml:{line}: "));
     assert_eq!(found.len(), starts.len(), "{found:#?}");
     assert!(found.iter().zip(&starts).all(|(line, start)| line.starts_with(start)), "{found:#?}");
+}
+
+#[test]
+fn the_admin_address_may_be_off_loopback_with_tokens_alone() {
+    for listen in
+        ["127.0.0.1:1", "127.1.2.3:1", "[::1]:1", "[::ffff:127.0.0.1]:1", "localhost:1", "LocalHost:1", "unix:/a"]
+    {
+        good(&format!("admin.listen = {listen:?}"));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("tokens");
+    std::fs::write(&file, "# operators\nalice:0123456789abcdef\n").unwrap();
+    let config = good(&format!("admin.listen = \"0.0.0.0:1\"\nadmin.token_file = {file:?}"));
+    assert!(!config.contains("0123456789abcdef"), "{config}");
+    for (text, error) in [("", "holds no token"), ("a:short", "line 1: a token has at least 16 characters")] {
+        std::fs::write(&file, text).unwrap();
+        let found = lines(&format!("admin.token_file = {file:?}"));
+        assert!(found.len() == 1 && found[0].contains(error) && !found[0].contains("short"), "{found:?}");
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! THE decision: what may happen to a key. One total function without IO, clock or randomness.
 
-use super::record::{ClaimToken, Fingerprint, Millis, Origin, Record, Recorded, State, Why};
+use super::record::{ClaimToken, Fingerprint, Millis, Origin, Record, Recorded, Response, State, Why};
 
 /// What to do with a duplicate of a request that is in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +60,19 @@ pub enum Event {
     Settle { token: ClaimToken, outcome: Outcome },
     /// Found at start: the gateway that held this claim is dead.
     Recover,
+    /// An operator has found out what became of a request whose outcome is unknown.
+    Resolve(Resolution),
+    /// An operator gives the key back: what becomes of its next use is his to answer for.
+    Forget,
+}
+
+/// An operator's word on a request whose outcome is unknown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resolution {
+    /// It has not been executed: the key is free.
+    NotExecuted,
+    /// It has been executed, and this is the answer to give.
+    Response(Response),
 }
 
 /// Why a request is refused.
@@ -96,6 +109,12 @@ pub enum Decision {
     Settled,
     /// The record has moved on: the event changes nothing.
     Superseded,
+    /// To an operator: there is no such record, or its time is over.
+    NotFound,
+    /// To an operator: a claim settles by itself, and nobody can say yet how.
+    InFlight,
+    /// To an operator: the outcome is known, so there is nothing to resolve.
+    NotUnknown,
 }
 
 /// What to write, conditional on the record that was read.
@@ -135,7 +154,24 @@ pub fn step(policy: &Policy, now: Millis, stored: Option<&Record>, event: &Event
             }
             _ => Step::keep(Decision::Superseded),
         },
+        Event::Resolve(_) | Event::Forget => match stored.filter(|record| !record.expired(now)) {
+            None => Step::keep(Decision::NotFound),
+            Some(record) => operate(policy, now, record, event),
+        },
     }
+}
+
+/// An operator's act on a live record. A claim refuses all of them: its request may be on its way to the upstream.
+fn operate(policy: &Policy, now: Millis, record: &Record, event: &Event) -> Step {
+    let write = match (&record.state, event) {
+        (State::Claimed { .. }, _) => return Step::keep(Decision::InFlight),
+        (State::Unknown { .. }, Event::Resolve(Resolution::Response(response))) => {
+            Write::Put(completed(policy, now, record, Recorded::Full(response.clone())))
+        }
+        (State::Completed { .. }, Event::Resolve(_)) => return Step::keep(Decision::NotUnknown),
+        (State::Unknown { .. } | State::Completed { .. }, _) => Write::Remove,
+    };
+    Step { write, decision: Decision::Settled }
 }
 
 fn claim(policy: &Policy, now: Millis, origin: Origin, fingerprint: Fingerprint, token: ClaimToken) -> Step {
@@ -206,11 +242,7 @@ fn settle(policy: &Policy, now: Millis, stored: Option<&Record>, token: ClaimTok
         State::Completed { .. } => return Step::keep(Decision::Settled),
     };
     let write = match outcome {
-        Outcome::Final(response) => {
-            let expires_at = now.plus(policy.retention_ms);
-            let state = State::Completed { response: response.clone(), completed_at: now, expires_at };
-            Write::Put(Record { state, ..record.clone() })
-        }
+        Outcome::Final(response) => Write::Put(completed(policy, now, record, response.clone())),
         // An earlier send may have been executed, whatever became of this one.
         Outcome::NotExecuted(Evidence::ThisSend) if record.origin.attempts > 1 => {
             if claimed {
@@ -224,6 +256,11 @@ fn settle(policy: &Policy, now: Millis, stored: Option<&Record>, token: ClaimTok
         Outcome::Unknown(_) => Write::Keep,
     };
     Step { write, decision: Decision::Settled }
+}
+
+fn completed(policy: &Policy, now: Millis, record: &Record, response: Recorded) -> Record {
+    let expires_at = now.plus(policy.retention_ms);
+    Record { state: State::Completed { response, completed_at: now, expires_at }, ..record.clone() }
 }
 
 fn unknown(policy: &Policy, now: Millis, record: &Record, why: Why) -> Record {

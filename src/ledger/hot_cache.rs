@@ -45,6 +45,10 @@ impl HotCache {
         }
     }
 
+    pub(super) fn remove(&self, id: RecordId) {
+        self.records.invalidate(&id);
+    }
+
     pub(super) fn entries(&self) -> u64 {
         self.records.entry_count()
     }

@@ -52,6 +52,13 @@ impl<R: Clone> Slot<R> {
         }
     }
 
+    /// Waits until the claim is known or the slot has ended.
+    pub(super) async fn decided(&self) {
+        let mut phase = self.phase.subscribe();
+        // The slot is held, so its sender cannot be gone.
+        let _ = phase.wait_for(|phase| !matches!(phase, Phase::Pending)).await;
+    }
+
     pub(super) fn is_late(&self) -> bool {
         self.late.load(Ordering::Acquire)
     }
@@ -136,6 +143,10 @@ pub(super) struct Slots<R> {
 impl<R: Clone> Slots<R> {
     pub(super) fn new() -> Self {
         Self { shards: std::array::from_fn(|_| Mutex::new(HashMap::new())) }
+    }
+
+    pub(super) fn get(&self, id: RecordId) -> Option<Arc<Slot<R>>> {
+        lock(self.shard(id)).get(&id).map(Arc::clone)
     }
 
     /// The slot of `id`; or a new one, which then belongs to the caller.

@@ -1,3 +1,5 @@
+mod operator;
+
 use super::*;
 use crate::idempotency::{Concurrent, Evidence, Recorded, Response, UnknownOutcome};
 use crate::store::{Health, Page};
