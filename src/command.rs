@@ -87,7 +87,7 @@ struct Target {
     #[arg(long, value_name = "TOKEN", conflicts_with = "matching")]
     if_token: Option<String>,
     /// With --match: do it, instead of listing what would be done
-    #[arg(long, requires = "matching")]
+    #[arg(long, conflicts_with = "id")]
     yes: bool,
 }
 
@@ -156,7 +156,8 @@ impl Act {
             }
             Self::Forget => (http::Method::DELETE, format!("/records/{id}"), condition, None),
         };
-        client.call(method, &target, &query, body).await
+        let done = client.call(method, &target, &query, body).await?;
+        if done.get("before").is_some_and(Value::is_object) { Ok(done) } else { Err(client.no_gateway()) }
     }
 }
 
@@ -220,6 +221,9 @@ async fn dispatch(Records { what, access, json }: Records, output: &mut Output) 
         What::List(list) => self::list(&mut client, list, json, output).await,
         What::Show(Show { named: Named { id: Some(id), .. } }) => {
             let record = client.call(http::Method::GET, &format!("/records/{id}"), &[], None).await?;
+            if !record.get("id").is_some_and(Value::is_string) {
+                return Err(client.no_gateway());
+            }
             output.print(&if json { render::json(&record) } else { render::record(&record) });
             Ok(0)
         }

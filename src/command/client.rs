@@ -151,7 +151,8 @@ impl Client {
             None => {
                 let loaded = config::load(config.as_deref(), std::env::vars_os(), &Flags::default());
                 let (config, _) = loaded.map_err(|errors| Failure::Usage(errors.to_string()))?;
-                (reachable(config.admin.listen)?, token_file)
+                let configured = config.admin.tokens.map(|tokens| tokens.path().to_owned());
+                (reachable(config.admin.listen)?, token_file.or(configured))
             }
         };
         let authorization = token_file.as_deref().map(first_token).transpose()?;
