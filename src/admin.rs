@@ -1,4 +1,15 @@
-//! The admin address: liveness, readiness, metrics.
+//! The admin address: liveness, readiness, metrics; records, for operators.
+
+mod access;
+mod document;
+mod message;
+mod problem;
+mod query;
+mod records;
+mod time;
+
+pub use access::TokenFile;
+pub(crate) use records::{Records, RouteRules};
 
 use crate::server::{Address, Listener};
 use crate::telemetry::Reading;
@@ -20,19 +31,36 @@ use std::time::Duration;
 #[derive(Clone, Debug)]
 pub struct Options {
     pub listen: Address,
+    /// Who may see and change records; `None`: whoever reaches the address, which is on this machine alone.
+    pub tokens: Option<Arc<TokenFile>>,
 }
+
+impl Options {
+    /// Whether records would be open to other machines.
+    #[must_use]
+    pub fn is_exposed_at(&self, address: &Address) -> bool {
+        self.tokens.is_none() && !address.is_local()
+    }
+}
+
+type Answer = Response<Full<Bytes>>;
 
 /// What the admin address tells.
 pub struct Admin {
     registry: Registry,
     reading: Box<dyn Fn() -> Reading + Send + Sync>,
     draining: AtomicBool,
+    records: Records,
 }
 
 impl Admin {
     #[must_use]
-    pub fn new(registry: Registry, reading: impl Fn() -> Reading + Send + Sync + 'static) -> Arc<Self> {
-        Arc::new(Self { registry, reading: Box::new(reading), draining: AtomicBool::new(false) })
+    pub(crate) fn new(
+        registry: Registry,
+        reading: impl Fn() -> Reading + Send + Sync + 'static,
+        records: Records,
+    ) -> Arc<Self> {
+        Arc::new(Self { registry, reading: Box::new(reading), draining: AtomicBool::new(false), records })
     }
 
     /// From now on `/readyz` says 503.
@@ -43,8 +71,8 @@ impl Admin {
     /// Answers on the admin address for as long as the process lives.
     pub async fn serve(self: Arc<Self>, listener: Listener) {
         loop {
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream.join_runtime(),
+            let (stream, unix) = match listener.accept().await {
+                Ok((stream, peer)) => (stream.join_runtime(), peer.is_none()),
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection on the admin address");
                     tokio::time::sleep(Duration::from_millis(50)).await;
@@ -55,10 +83,11 @@ impl Admin {
             let admin = Arc::clone(&self);
             tokio::spawn(async move {
                 let service = service_fn(|request: Request<Incoming>| {
-                    let response = admin.answer(&request);
-                    async move { Ok::<_, Infallible>(response) }
+                    let admin = Arc::clone(&admin);
+                    async move { Ok::<_, Infallible>(admin.answer(request, unix).await) }
                 });
                 let _ = http1::Builder::new()
+                    .half_close(true)
                     .timer(TokioTimer::new())
                     .header_read_timeout(Duration::from_secs(30))
                     .serve_connection(TokioIo::new(stream), service)
@@ -67,11 +96,15 @@ impl Admin {
         }
     }
 
-    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        if request.method() != Method::GET && request.method() != Method::HEAD {
-            return text(StatusCode::METHOD_NOT_ALLOWED, "text/plain", "only GET\n".to_owned());
+    async fn answer(&self, request: Request<Incoming>, unix: bool) -> Answer {
+        let path = request.uri().path();
+        if path.strip_prefix("/records").is_some_and(|below| below.is_empty() || below.starts_with('/')) {
+            return self.records.answer(request, unix).await;
         }
-        match request.uri().path() {
+        if request.method() != Method::GET && request.method() != Method::HEAD {
+            return answer(StatusCode::METHOD_NOT_ALLOWED, "text/plain", "only GET\n".to_owned());
+        }
+        match path {
             "/livez" => {
                 let failed = (self.reading)().store_failed;
                 let (status, word) = if failed {
@@ -79,23 +112,23 @@ impl Admin {
                 } else {
                     (StatusCode::OK, "ok\n")
                 };
-                text(status, "text/plain", word.to_owned())
+                answer(status, "text/plain", word.to_owned())
             }
             "/readyz" => self.readiness(),
             "/metrics" => {
                 let mut metrics = String::new();
                 match prometheus_client::encoding::text::encode(&mut metrics, &self.registry) {
                     Ok(()) => {
-                        text(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", metrics)
+                        answer(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", metrics)
                     }
-                    Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, "text/plain", format!("{error}\n")),
+                    Err(error) => answer(StatusCode::INTERNAL_SERVER_ERROR, "text/plain", format!("{error}\n")),
                 }
             }
-            _ => text(StatusCode::NOT_FOUND, "text/plain", "try /livez, /readyz or /metrics\n".to_owned()),
+            _ => answer(StatusCode::NOT_FOUND, "text/plain", "try /livez, /readyz, /metrics or /records\n".to_owned()),
         }
     }
 
-    fn readiness(&self) -> Response<Full<Bytes>> {
+    fn readiness(&self) -> Answer {
         let reading = (self.reading)();
         let draining = self.draining.load(Ordering::Acquire);
         let store = match (reading.store_failed, reading.store_full) {
@@ -106,11 +139,11 @@ impl Admin {
         let ready = !draining && store == "ok";
         let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
         let body = serde_json::json!({ "ready": ready, "draining": draining, "store": store });
-        text(status, "application/json", format!("{body}\n"))
+        answer(status, "application/json", format!("{body}\n"))
     }
 }
 
-fn text(status: StatusCode, media_type: &'static str, body: String) -> Response<Full<Bytes>> {
+fn answer(status: StatusCode, media_type: &'static str, body: String) -> Answer {
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(media_type));

@@ -1,13 +1,13 @@
 //! Wires the parts together: store → recovery → listeners → serving → drain.
 
-use crate::admin::Admin;
+use crate::admin::{self, Admin, Records, RouteRules};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::gateway::identity::{self, RouteIdentity};
 use crate::gateway::jwt::Auth;
 use crate::gateway::scope::Secret;
 use crate::gateway::upstream::Upstream;
-use crate::gateway::{Gateway, GatewayLedger};
+use crate::gateway::{Gateway, GatewayLedger, RouteOptions};
 use crate::idempotency::Millis;
 use crate::ledger::{Ledger, tags};
 use crate::server::inherit::{InheritError, Inherited};
@@ -40,6 +40,10 @@ pub enum StartError {
     Identity(Vec<String>),
     #[error("the note of what makes ids in the store cannot be read ({0}); a newer oncegate may have written it")]
     IdentityNote(serde_json::Error),
+    #[error(
+        "admin.listen: {0} is open to other machines, and so would be the records: write admin.token_file, or listen on loopback"
+    )]
+    Exposed(Address),
     #[error("cannot start the worker threads: {0}")]
     Workers(#[source] std::io::Error),
     #[error("the operating system gave no randomness for the store's secret: {0}")]
@@ -50,7 +54,7 @@ impl StartError {
     /// 2 for what the configuration says, 1 for everything else.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
-        if matches!(self, Self::Identity(_)) { 2 } else { 1 }
+        if matches!(self, Self::Identity(_) | Self::Exposed(_)) { 2 } else { 1 }
     }
 }
 
@@ -62,6 +66,7 @@ pub struct Running {
     tls: Option<Arc<Tls>>,
     upstream: Arc<Upstream>,
     auth: Option<Arc<Auth>>,
+    tokens: Option<Arc<admin::TokenFile>>,
     drain_delay: Duration,
     drain_timeout: Duration,
     addresses: Vec<Address>,
@@ -91,8 +96,15 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
     inherited.finish()?;
     let admin_address = admin_listener.address();
     let addresses = listeners.iter().map(Listener::address).collect::<Vec<_>>();
+    // A name may have led elsewhere.
+    if config.admin.is_exposed_at(&admin_address) {
+        return Err(StartError::Exposed(admin_address));
+    }
 
     let auth = config.gateway.auth.clone();
+    let rules = config.gateway.routes.iter().map(rules).collect();
+    let tokens = config.admin.tokens;
+    let records = Records::new(ledger.clone(), tokens.clone(), rules);
     let gateway = Gateway::new(config.gateway, ledger.clone(), secret, metrics.clone());
     let upstream = Arc::clone(gateway.upstream());
     let workers = Workers::start(config.server.workers).map_err(StartError::Workers)?;
@@ -102,7 +114,7 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
         worker.runtime.spawn(async move { pool.close_idle().await });
     }
     let read = reader(&ledger, gateways.iter().map(|gateway| Arc::clone(gateway.upstream())).collect());
-    let admin = Admin::new(metrics.registry(read.clone()), read);
+    let admin = Admin::new(metrics.registry(read.clone()), read, records);
     let tls = config.server.tls;
     let server = Server::new(workers, gateways, config.server.limits, tls.clone(), metrics);
     let sweeper = ledger.clone();
@@ -117,7 +129,19 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
         tokio::spawn(Arc::clone(&server).accept(listener));
     }
     let (drain_delay, drain_timeout) = (config.server.drain_delay, config.server.drain_timeout);
-    Ok(Running { ledger, server, admin, tls, upstream, auth, drain_delay, drain_timeout, addresses, admin_address })
+    Ok(Running {
+        ledger,
+        server,
+        admin,
+        tls,
+        upstream,
+        auth,
+        tokens,
+        drain_delay,
+        drain_timeout,
+        addresses,
+        admin_address,
+    })
 }
 
 impl Running {
@@ -132,23 +156,27 @@ impl Running {
         &self.admin_address
     }
 
-    /// From now on reads the files of `[server.tls]`, `[upstream.tls]` and `[auth]` again whenever `reload` says so, and
-    /// fetches what `auth.jwks_url` publishes. Open connections keep what they have.
+    /// From now on reads the files of `[server.tls]`, `[upstream.tls]`, `[auth]` and `admin.token_file` again whenever
+    /// `reload` says so, and fetches what `auth.jwks_url` publishes. Open connections keep the certificates that they have.
     pub fn reload_on(&self, mut reload: Signal) {
-        let (tls, upstream, auth) = (self.tls.clone(), Arc::clone(&self.upstream), self.auth.clone());
+        let (tls, upstream) = (self.tls.clone(), Arc::clone(&self.upstream));
+        let (auth, tokens) = (self.auth.clone(), self.tokens.clone());
         tokio::spawn(async move {
             while reload.recv().await.is_some() {
-                let (tls, upstream, auth) = (tls.clone(), Arc::clone(&upstream), auth.clone());
+                let (tls, upstream, auth, tokens) = (tls.clone(), Arc::clone(&upstream), auth.clone(), tokens.clone());
                 let read = move || {
                     if let Some(tls) = &tls {
                         tls.reload();
                     }
+                    if let Some(tokens) = &tokens {
+                        tokens.reload();
+                    }
                     match upstream.reload_tls() {
                         Ok(true) => tracing::info!("the files of upstream.tls were read again"),
-                        Ok(false) if tls.is_some() || auth.is_some() => {}
-                        Ok(false) => {
-                            tracing::info!("SIGHUP: there is no [server.tls], [upstream.tls] or [auth] to read again");
-                        }
+                        Ok(false) if tls.is_some() || tokens.is_some() || auth.is_some() => {}
+                        Ok(false) => tracing::info!(
+                            "SIGHUP: there is no [server.tls], [upstream.tls], [auth] or admin.token_file to read again"
+                        ),
                         Err(errors) => errors.iter().for_each(|error| {
                             let key = format!("upstream.tls.{}", error.key);
                             tracing::error!(key, %error, "the files of upstream.tls stay as they were");
@@ -257,6 +285,16 @@ fn note_identity(store: &AnyStore, today: &[RouteIdentity], accept_new: bool) ->
         store.set_setting(NAME, &note)?;
     }
     Ok(())
+}
+
+/// What an operator's act on a record of this route goes by.
+fn rules(route: &RouteOptions) -> RouteRules {
+    RouteRules {
+        pattern: route.pattern.as_str().to_owned(),
+        policy: route.policy,
+        max_recorded_body: route.max_recorded_body,
+        drop_headers: route.drop_headers.clone(),
+    }
 }
 
 /// Claims found at start belong to a process that died: their outcome is unknown.

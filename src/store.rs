@@ -10,6 +10,7 @@ pub use embedded::OpenError;
 
 use bytes::Bytes;
 use std::future::Future;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::time::Duration;
 
 /// The name of an entry: a keyed hash of tenant and key.
@@ -27,6 +28,30 @@ impl std::fmt::Debug for RecordId {
         std::fmt::Display::fmt(self, f)
     }
 }
+
+/// Ids are keyed hashes already: eight of their bytes are as good a hash as any, and nobody can choose them.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for piece in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word.iter_mut().zip(piece).for_each(|(to, from)| *to = *from);
+            self.0 = self.0.rotate_left(29) ^ u64::from_le_bytes(word);
+        }
+    }
+
+    fn write_usize(&mut self, _len: usize) {}
+
+    fn finish(&self) -> u64 {
+        // The table takes its bits from both ends.
+        self.0.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    }
+}
+
+/// For maps and caches by id.
+pub(crate) type HashOfIds = BuildHasherDefault<IdHasher>;
 
 /// Names one write of one entry. Versions of a store never repeat, not even after a removal or a restart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -59,6 +84,14 @@ pub struct Value {
 pub struct Entry {
     pub version: Version,
     pub value: Value,
+}
+
+/// A part of what a store holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Page {
+    pub entries: Vec<(RecordId, Entry)>,
+    /// Where to go on; `None`: that was the end.
+    pub next: Option<u64>,
 }
 
 /// The answer to a compare-and-swap.
@@ -154,6 +187,20 @@ pub trait Store: Send + Sync + 'static {
     /// [`StoreError::Failed`], [`StoreError::Damaged`].
     fn unexpiring(&self) -> Result<Vec<(RecordId, Entry)>, StoreError>;
 
+    /// What the store holds, of a tag or altogether, roughly oldest first, in pages: `after` 0 begins, [`Page::next`] goes
+    /// on, also after a restart. What has expired but was not swept is shown: the caller judges. What stays unchanged
+    /// from the first page to the last is in one of them (in two, if the sweep moves it meanwhile); what is written
+    /// meanwhile may be in none, or in several, each time as it was then.
+    ///
+    /// A page is bounded work: at most `visit` entries are looked at (one at least), and a few mebibytes. So it may hold
+    /// few entries, or none, although it is not the last. Whoever pages more slowly than others write comes to no end.
+    /// Damaged entries are passed over, with a word in the log. A cursor that no page has given begins anywhere.
+    ///
+    /// # Errors
+    /// [`StoreError::Failed`].
+    fn list(&self, tag: Option<Tag>, after: u64, visit: usize)
+    -> impl Future<Output = Result<Page, StoreError>> + Send;
+
     /// The newest time that any write has borne: the clock must not start before it.
     fn newest_ms(&self) -> u64;
 
@@ -229,6 +276,10 @@ impl Store for AnyStore {
 
     fn unexpiring(&self) -> Result<Vec<(RecordId, Entry)>, StoreError> {
         delegate!(self, store => store.unexpiring())
+    }
+
+    async fn list(&self, tag: Option<Tag>, after: u64, visit: usize) -> Result<Page, StoreError> {
+        delegate!(self, store => store.list(tag, after, visit).await)
     }
 
     fn newest_ms(&self) -> u64 {

@@ -169,6 +169,13 @@ const ERRORS: &[(&str, &str, &str)] = &[
         "f.toml:1: auth.audience: ",
         "at least one name",
     ),
+    ("admin.token_file = \"/nowhere/t\"", "f.toml:1: admin.token_file: ", "/nowhere/t: cannot be read"),
+    ("admin.token_file = \"\"", "f.toml:1: admin.token_file: ", "must not be empty"),
+    ("admin.listen = \"0.0.0.0:1\"", "f.toml:1: admin.listen: ", "write admin.token_file"),
+    ("admin.listen = \"[::]:1\"", "f.toml:1: admin.listen: ", "write admin.token_file"),
+    ("admin.listen = \"10.0.0.1:1\"", "f.toml:1: admin.listen: ", "write admin.token_file"),
+    ("admin.listen = \"localhost.example:1\"", "f.toml:1: admin.listen: ", "write admin.token_file"),
+    ("admin.listen = \"0.0.0.0:1\"\nadmin.token_file = \"/nowhere/t\"", "f.toml:2: admin.token_file: ", "/nowhere/t"),
     // What later versions bring.
     ("[server.cors]", "f.toml:1: server.cors: ", "not built yet"),
     ("[upstream.tls]", "f.toml:1: upstream.tls: ", "unless upstream.url is https"),
@@ -184,16 +191,36 @@ const ERRORS: &[(&str, &str, &str)] = &[
         "/none: cannot be read",
     ),
     ("upstream.url = \"https://a/b\"", "f.toml:1: upstream.url: ", "must end after host and port"),
-    ("idempotency.unknown_outcome = \"lookup\"", "f.toml:1: idempotency.unknown_outcome: ", "not built yet"),
-    ("idempotency.lookup.path = \"/a\"", "f.toml:1: idempotency.lookup: ", "not built yet"),
-    ("idempotency.replay_auth = \"probe\"", "f.toml:1: idempotency.replay_auth: ", "not built yet"),
-    ("idempotency.probe.path = \"/a\"", "f.toml:1: idempotency.probe: ", "not built yet"),
+    ("idempotency.unknown_outcome = \"lookup\"", "f.toml:1: idempotency.unknown_outcome: ", "needs lookup.path"),
+    (
+        "idempotency.unknown_outcome = \"lookup\"\nidempotency.lookup.path = \"/a\"",
+        "f.toml:2: idempotency.lookup.path: ",
+        "no place for the key",
+    ),
+    (
+        "idempotency.unknown_outcome = \"lookup\"\nidempotency.lookup.path = \"/{workspace}/{key}\"",
+        "f.toml:2: idempotency.lookup.path: ",
+        "{workspace}, which /posts has not",
+    ),
+    (
+        "idempotency.unknown_outcome = \"lookup\"\nidempotency.lookup.path = \"/{key}\"\nidempotency.lookup.not_executed = [\"4x4\"]",
+        "f.toml:3: idempotency.lookup.not_executed: ",
+        "is no entry",
+    ),
+    ("idempotency.lookup.paht = \"/{key}\"", "f.toml:1: idempotency.lookup.paht: ", "no such key"),
+    ("idempotency.lookup.min_age = 3", "f.toml:1: idempotency.lookup.min_age: ", "duration"),
+    ("idempotency.replay_auth = \"probe\"", "f.toml:1: idempotency.replay_auth: ", "needs probe.path"),
+    (
+        "idempotency.replay_auth = \"probe\"\nidempotency.probe.path = \"a\"",
+        "f.toml:2: idempotency.probe.path: ",
+        "is no target",
+    ),
+    ("idempotency.probe.cache = \"x\"", "f.toml:1: idempotency.probe.cache: ", "duration"),
     ("idempotency.mode = \"observe\"", "f.toml:1: idempotency.mode: ", "not built yet"),
     ("store.engine = \"redis\"", "f.toml:1: store.engine: ", "not built yet"),
     ("store.engine = \"postgres\"", "f.toml:1: store.engine: ", "not built yet"),
     ("store.url = \"redis://a\"", "f.toml:1: store.url: ", "not built yet"),
     ("store.lease = \"31s\"", "f.toml:1: store.lease: ", "not built yet"),
-    ("admin.token_file = \"x\"", "f.toml:1: admin.token_file: ", "not built yet"),
     ("admin.ready_needs_store = true", "f.toml:1: admin.ready_needs_store: ", "not built yet"),
 ];
 
@@ -216,6 +243,25 @@ fn all_errors_come_at_once_in_the_order_of_the_file() {
     let starts = [2, 3, 5, 6, 9, 11, 12, 14].map(|line| format!("f.toml:{line}: "));
     assert_eq!(found.len(), starts.len(), "{found:#?}");
     assert!(found.iter().zip(&starts).all(|(line, start)| line.starts_with(start)), "{found:#?}");
+}
+
+#[test]
+fn the_admin_address_may_be_off_loopback_with_tokens_alone() {
+    for listen in
+        ["127.0.0.1:1", "127.1.2.3:1", "[::1]:1", "[::ffff:127.0.0.1]:1", "localhost:1", "LocalHost:1", "unix:/a"]
+    {
+        good(&format!("admin.listen = {listen:?}"));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("tokens");
+    std::fs::write(&file, "# operators\nalice:0123456789abcdef\n").unwrap();
+    let config = good(&format!("admin.listen = \"0.0.0.0:1\"\nadmin.token_file = {file:?}"));
+    assert!(!config.contains("0123456789abcdef"), "{config}");
+    for (text, error) in [("", "holds no token"), ("a:short", "line 1: a token has at least 16 characters")] {
+        std::fs::write(&file, text).unwrap();
+        let found = lines(&format!("admin.token_file = {file:?}"));
+        assert!(found.len() == 1 && found[0].contains(error) && !found[0].contains("short"), "{found:?}");
+    }
 }
 
 #[test]
@@ -369,10 +415,17 @@ fn the_shipped_file_names_every_key() {
             let named = body[..end].lines().any(|line| {
                 let line = line.trim_start_matches("# ");
                 line.starts_with(&format!("{key} ="))
+                    || line.starts_with(&format!("{key}."))
                     || line.starts_with(&format!("[{section}{dot}{key}"))
                     || line.starts_with(&format!("[[{key}"))
             }) || SHIPPED.contains(&format!("\n[{section}{dot}{key}]"));
             assert!(named, "{section}{dot}{key} is not in config.toml");
+        }
+    }
+    for table in ["lookup", "probe"] {
+        let found = lines(&format!("idempotency.{table}.zzzzzzzzzzzzzzzz = 1"));
+        for key in found[0].split_once("there are: ").unwrap_or_else(|| panic!("{found:?}")).1.split(", ") {
+            assert!(SHIPPED.contains(&format!("\n# {table}.{key} = ")), "{table}.{key} is not in config.toml");
         }
     }
 }

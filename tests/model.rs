@@ -1,6 +1,7 @@
 //! An exhaustive breadth-first search over the real `step`: three requests on one key (two with the same payload, one
 //! with another) at gateways that may die at any instant, a store whose answers get lost and whose writes land late,
-//! a clock, renewals, recovery at start, and an upstream that executes, refuses, or says nothing.
+//! a clock, renewals, recovery at start, an operator who settles by hand what he has found out, and an upstream that
+//! executes, refuses, or says nothing.
 //!
 //! The store is one register, changed by compare-and-swap with versions that never repeat. Two abstractions keep the
 //! search finite and complete, without a bound on time: a time is the ticks left until it (0: over), and a version is
@@ -13,7 +14,7 @@
 use bytes::Bytes;
 use oncegate::idempotency::{
     ClaimToken, Concurrent, Decision, Event, Evidence, Fingerprint, Millis, Origin, Outcome, Policy, Record, Recorded,
-    RejectReason, Response, State, Step, UnknownOutcome, Why, Write, step,
+    RejectReason, Resolution, Response, State, Step, UnknownOutcome, Why, Write, step,
 };
 use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasherDefault, Hash, Hasher};
@@ -47,6 +48,8 @@ enum Invariant {
     AnswersAgree,
     /// A lease that is over is not renewed.
     LapsedStaysLapsed,
+    /// An operator changes what is unknown, or gives a settled key back; else he is told why not.
+    OperatorsAreTold,
     /// When all requests have ended and nobody has died, no claim is left.
     NoClaimLeft,
 }
@@ -79,6 +82,12 @@ enum Mutant {
     SendsWithoutLookingAtTheLease,
     LeaseCountsFromTheAnswer,
     RetryProlongsTheLease,
+    OperatorTakesClaims,
+    ResolveOverwritesCompleted,
+    ResolveSettlesForAnother,
+    OperatorIsNotToldOfClaims,
+    OperatorActsUnconditionally,
+    OperatorTriesAgain,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -168,7 +177,11 @@ fn token(holder: u8) -> ClaimToken {
 
 /// The upstream's answer to an execution; executions are numbered by the request that caused them, from 1.
 fn response(answer: u8) -> Recorded {
-    Recorded::Full(Response { status: 200 + u16::from(answer), headers: Vec::new(), body: Bytes::new() })
+    Recorded::Full(plain(answer))
+}
+
+fn plain(answer: u8) -> Response {
+    Response { status: 200 + u16::from(answer), headers: Vec::new(), body: Bytes::new() }
 }
 
 /// What a write expects to find.
@@ -198,6 +211,25 @@ enum By {
     Settle(Ended),
     Recover,
     Sweep,
+    Operate(Hand),
+}
+
+/// What an operator does. He says the truth, as it was when he looked at the record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Hand {
+    NotExecuted,
+    Response(u8),
+    Forget,
+}
+
+impl Hand {
+    fn event(self) -> Event {
+        match self {
+            Self::NotExecuted => Event::Resolve(Resolution::NotExecuted),
+            Self::Response(answer) => Event::Resolve(Resolution::Response(plain(answer))),
+            Self::Forget => Event::Forget,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -265,10 +297,13 @@ struct World {
     actors: [Actor; 3],
     /// The sweeper has found the record expired, in this version.
     sweep: Option<Expected>,
+    /// An operator's write, on the version of the record that he has looked at.
+    operator: Option<Pending>,
     /// The one gateway of an embedded store is dead, and has not yet recovered.
     down: bool,
     faults: u8,
     renewals: u8,
+    acts: u8,
     // What nobody in the model knows: the truth, for one retention period.
     executions: u8,
     /// The execution that an upstream which honours keys answers with again.
@@ -305,6 +340,8 @@ struct Size {
     /// Crashes, lost answers and dropped tasks in one run.
     faults: u8,
     renewals: u8,
+    /// Of an operator.
+    acts: u8,
 }
 
 type Action = (&'static str, usize);
@@ -335,9 +372,11 @@ impl Model {
             store: None,
             actors,
             sweep: None,
+            operator: None,
             down: false,
             faults: self.size.faults,
             renewals: self.size.renewals,
+            acts: self.size.acts,
             executions: 0,
             executed: 0,
             seen: 0,
@@ -381,6 +420,15 @@ impl Model {
             (Some(Mutant::RenewRevives), Event::Renew { .. }, Some(record)) if lapsed(record) => {
                 record.state = State::Claimed { lease_until: Some(NOW.plus(1)) };
             }
+            (Some(Mutant::OperatorTakesClaims), Event::Resolve(_) | Event::Forget, Some(record))
+            | (Some(Mutant::ResolveOverwritesCompleted), Event::Resolve(_), Some(record)) => {
+                let claims = self.is(Mutant::OperatorTakesClaims);
+                if claims == matches!(record.state, State::Claimed { .. }) && !record.expired(NOW) {
+                    record.state = State::Unknown { why: Why::Crash, since: NOW, expires_at: NOW.plus(1) };
+                }
+            }
+            (Some(Mutant::ResolveSettlesForAnother), Event::Resolve(_), Some(record)) => record.token = token(9),
+            (Some(Mutant::OperatorIsNotToldOfClaims), Event::Forget, Some(record)) if lapsed(record) => stored = None,
             (Some(Mutant::RecoverFrees), Event::Recover, Some(Record { state: State::Claimed { .. }, .. })) => {
                 return Step { write: Write::Remove, decision: Decision::Settled };
             }
@@ -413,11 +461,16 @@ impl Model {
         };
         let unchecked =
             self.is(Mutant::NoSwapCheck) || self.is(Mutant::SweepUnconditionally) && pending.by == By::Sweep;
+        let unchecked =
+            unchecked || self.is(Mutant::OperatorActsUnconditionally) && matches!(pending.by, By::Operate(_));
         if !expected && !unchecked {
             return Ok(false);
         }
         self.check_change(world, actor, pending.by, pending.new)?;
         world.store = pending.new;
+        if pending.by == By::Operate(Hand::Forget) {
+            world.period_over();
+        }
         // A write may have been under way for longer than the record lives.
         if world.store.is_some_and(|rec| rec.expired()) {
             world.period_over();
@@ -431,6 +484,7 @@ impl Model {
             .actors
             .iter_mut()
             .flat_map(|actor| actor.write.iter_mut().chain(&mut actor.late))
+            .chain(&mut world.operator)
             .for_each(|pending| gone(&mut pending.expected));
         world.sweep.iter_mut().for_each(gone);
         Ok(true)
@@ -451,6 +505,7 @@ impl Model {
             }
         }
         let resent = new.is_some_and(|new| new.claimed() && new.attempts == old.attempts + 1 && by == By::Arrive);
+        let forgotten = by == By::Operate(Hand::Forget) && new.is_none();
         match old.state {
             Is::Claimed { .. } => {
                 let given_up =
@@ -461,7 +516,17 @@ impl Model {
                 self.hold(ClaimsStay, lapsed || found_at_start || held)
             }
             _ if old.expired() => Ok(()),
-            Is::Completed { .. } => self.hold(CompletedStays, false),
+            Is::Completed { .. } => self.hold(CompletedStays, forgotten),
+            Is::Unknown { .. } if by == By::Operate(Hand::NotExecuted) => {
+                self.hold(FreedOnlyUnexecuted, new.is_none() && world.executions == 0)
+            }
+            Is::Unknown { .. } if matches!(by, By::Operate(_)) => {
+                let answered = new.is_some_and(|new| {
+                    let By::Operate(Hand::Response(told)) = by else { return false };
+                    matches!(new.state, Is::Completed { answer, .. } if answer == told) && new.holder == old.holder
+                });
+                self.hold(UnknownStays, answered || forgotten)
+            }
             Is::Unknown { .. } => {
                 let settled = matches!(by, By::Settle(_));
                 self.hold(UnknownStays, settled || resent && self.forward())
@@ -639,6 +704,7 @@ impl Model {
             actor.write.iter_mut().chain(&mut actor.late).filter_map(|pending| pending.new.as_mut()).for_each(tick);
             actor.lease = actor.lease.saturating_sub(1);
         }
+        world.operator.iter_mut().filter_map(|pending| pending.new.as_mut()).for_each(tick);
         if !over && world.store.is_some_and(|rec| rec.expired()) {
             world.period_over();
         }
@@ -667,6 +733,12 @@ impl Model {
                 actor.issued = false;
             }
             actor.outdated &= matches!(actor.phase, Phase::Sent { .. } | Phase::Settling { silent: false, .. });
+        }
+        if useless(world.operator)
+            && !self.is(Mutant::OperatorActsUnconditionally)
+            && !self.is(Mutant::OperatorTriesAgain)
+        {
+            world.operator = None;
         }
     }
 
@@ -700,6 +772,7 @@ impl Model {
                 self.land(world, 9, pending).map(drop)
             })?;
         }
+        self.operates(world, &mut go)?;
         if world.down {
             go("recover", 9, &|world| self.recover(world))?;
         } else if !self.shared() && world.faults > 0 && world.actors.iter().any(|actor| alive(actor.phase)) {
@@ -724,12 +797,60 @@ impl Model {
         for actor in &mut world.actors {
             (actor.write, actor.late) = (None, None);
         }
+        world.operator = None;
         world.down = false;
         let Step { write, .. } = self.step(world.store, Event::Recover);
         match self.pending(world, &write, By::Recover, Then::Refuse) {
             Some(pending) => self.land(world, 9, pending).map(drop),
             None => Ok(()),
         }
+    }
+
+    /// What an operator can do.
+    fn operates(&self, world: &World, go: &mut Go<'_>) -> Result<(), (Action, Invariant)> {
+        if let Some(write) = world.operator {
+            go("operator's write is answered", 9, &|world| {
+                world.operator = None;
+                if let (By::Operate(hand), false, true) =
+                    (write.by, self.land(world, 9, write)?, self.is(Mutant::OperatorTriesAgain))
+                {
+                    self.operate(world, hand)?;
+                }
+                Ok(())
+            })?;
+            return go("operator's write is lost", 9, &|world| {
+                world.operator = None;
+                Ok(())
+            });
+        }
+        if world.acts == 0 || world.down {
+            return Ok(());
+        }
+        // What he can find out: whether it was executed, and with which answer.
+        let found_out = if world.executed == 0 { Hand::NotExecuted } else { Hand::Response(world.executed) };
+        for hand in [found_out, Hand::Forget] {
+            go("operator acts", 9, &|world| self.operate(world, hand))?;
+        }
+        Ok(())
+    }
+
+    /// Reads the store and decides on an operator's act.
+    fn operate(&self, world: &mut World, hand: Hand) -> Checked {
+        let Step { write, decision } = self.step(world.store, hand.event());
+        let refused = match world.store.filter(|rec| !rec.expired()).map(|rec| rec.state) {
+            None => Some(Decision::NotFound),
+            Some(Is::Claimed { .. }) => Some(Decision::InFlight),
+            Some(Is::Completed { .. }) if hand != Hand::Forget => Some(Decision::NotUnknown),
+            Some(Is::Completed { .. } | Is::Unknown { .. }) => None,
+        };
+        let told = refused.unwrap_or(Decision::Settled) == decision;
+        world.operator = self.pending(world, &write, By::Operate(hand), Then::Conclude);
+        // Whoever may act where he must not is seen by what he does.
+        self.hold(OperatorsAreTold, told || world.operator.is_some())?;
+        if world.operator.is_some() {
+            world.acts = world.acts.saturating_sub(1);
+        }
+        Ok(())
     }
 
     /// What can become of an actor's writes.
@@ -1015,35 +1136,44 @@ fn waits(policy: &Policy) -> bool {
 
 #[test]
 fn every_invariant_holds_for_three_requests() {
-    search_all(Size { payloads: &[0, 0, 1], faults: 0, renewals: 1 }, |_| true);
+    search_all(Size { payloads: &[0, 0, 1], faults: 0, renewals: 1, acts: 0 }, |_| true);
 }
 
 #[test]
 fn every_invariant_holds_for_three_requests_and_a_fault() {
     let hold = |policy: &Policy| policy.unknown_outcome == UnknownOutcome::Hold;
-    search_all(Size { payloads: &[0, 0, 1], faults: 1, renewals: 0 }, |policy| waits(policy) && hold(policy));
+    search_all(Size { payloads: &[0, 0, 1], faults: 1, renewals: 0, acts: 0 }, |policy| waits(policy) && hold(policy));
 }
 
 #[test]
 fn every_invariant_holds_for_two_requests_and_many_faults() {
-    search_all(Size { payloads: &[0, 0], faults: 2, renewals: 1 }, waits);
+    search_all(Size { payloads: &[0, 0], faults: 2, renewals: 1, acts: 0 }, waits);
+}
+
+#[test]
+fn every_invariant_holds_with_an_operator() {
+    search_all(Size { payloads: &[0, 0], faults: 1, renewals: 1, acts: 1 }, waits);
+    search_all(Size { payloads: &[0, 0, 0], faults: 0, renewals: 0, acts: 2 }, waits);
 }
 
 #[test]
 #[ignore = "15 million states, minutes and gigabytes: after changes to the core or to this model"]
 fn every_invariant_holds_in_a_large_world() {
-    search_all(Size { payloads: &[0, 0, 1], faults: 1, renewals: 1 }, |_| true);
-    search_all(Size { payloads: &[0, 0], faults: 3, renewals: 2 }, |_| true);
+    search_all(Size { payloads: &[0, 0, 1], faults: 1, renewals: 1, acts: 0 }, |_| true);
+    search_all(Size { payloads: &[0, 0], faults: 3, renewals: 2, acts: 0 }, |_| true);
+    search_all(Size { payloads: &[0, 0], faults: 2, renewals: 1, acts: 2 }, |_| true);
 }
 
 /// The first invariant among `watched` that a mutant is found to break, and how.
 fn catch(mutant: Mutant, watched: &'static [Invariant]) -> Option<(Invariant, Vec<Action>)> {
     let sizes = [
-        Size { payloads: &[0, 0], faults: 0, renewals: 0 },
-        Size { payloads: &[0, 1], faults: 0, renewals: 0 },
-        Size { payloads: &[0, 0], faults: 1, renewals: 1 },
-        Size { payloads: &[0, 0, 0], faults: 0, renewals: 0 },
-        Size { payloads: &[0, 0], faults: 2, renewals: 1 },
+        Size { payloads: &[0, 0], faults: 0, renewals: 0, acts: 0 },
+        Size { payloads: &[0, 1], faults: 0, renewals: 0, acts: 0 },
+        Size { payloads: &[0, 0], faults: 1, renewals: 1, acts: 0 },
+        Size { payloads: &[0, 0, 0], faults: 0, renewals: 0, acts: 0 },
+        Size { payloads: &[0, 0], faults: 0, renewals: 0, acts: 1 },
+        Size { payloads: &[0, 0], faults: 2, renewals: 1, acts: 0 },
+        Size { payloads: &[0, 0, 0], faults: 0, renewals: 0, acts: 1 },
     ];
     sizes
         .into_iter()
@@ -1078,6 +1208,12 @@ fn every_mutant_is_caught() {
         (Mutant::SendsWithoutLookingAtTheLease, &[SentUnderClaim]),
         (Mutant::LeaseCountsFromTheAnswer, &[SentUnderClaim]),
         (Mutant::RetryProlongsTheLease, &[SentUnderClaim]),
+        (Mutant::OperatorTakesClaims, &[ClaimsStay]),
+        (Mutant::ResolveOverwritesCompleted, &[CompletedStays]),
+        (Mutant::ResolveSettlesForAnother, &[UnknownStays]),
+        (Mutant::OperatorIsNotToldOfClaims, &[OperatorsAreTold]),
+        (Mutant::OperatorActsUnconditionally, &[ClaimsStay, CompletedStays, OnlyTheHolderSettles]),
+        (Mutant::OperatorTriesAgain, &[FreedOnlyUnexecuted]),
     ];
     for (mutant, expected) in mutants {
         let caught = catch(*mutant, &[]);
@@ -1103,6 +1239,9 @@ fn the_promise_itself_catches_mutants() {
         Mutant::ClaimCountsBeforeItLands,
         Mutant::LostClaimCountsAsLanded,
         Mutant::SendsWithoutLookingAtTheLease,
+        Mutant::OperatorTakesClaims,
+        Mutant::OperatorActsUnconditionally,
+        Mutant::OperatorTriesAgain,
     ];
     for mutant in executed_twice {
         assert!(catch(mutant, &[AtMostOnce]).is_some(), "{mutant:?} executes nothing twice");

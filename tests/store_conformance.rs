@@ -1,7 +1,15 @@
 //! What every store must do: one suite, run against each.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stderr)]
+
+#[path = "store_conformance/listing.rs"]
+mod listing;
 
 use bytes::Bytes;
+use listing::{
+    a_listing_goes_on_after_a_restart, a_listing_goes_on_where_its_place_is_gone,
+    a_listing_shows_expired_entries_until_they_are_swept, a_listing_shows_what_is_held_oldest_first,
+    a_page_of_large_records_is_short, any_cursor_will_do, what_stays_unchanged_is_listed_whatever_happens_meanwhile,
+};
 use oncegate::store::embedded::{Durability, Embedded, Engine, Options, Tuning};
 use oncegate::store::memory::Memory;
 use oncegate::store::{Entry, Health, RecordId, Store, StoreError, Swap, Tag, Urgency, Value, Version};
@@ -436,7 +444,10 @@ macro_rules! suite_for_all {
             swaps_only_what_was_expected, versions_never_repeat, expired_entries_stay_until_swept,
             sweep_spares_a_newer_version, one_of_many_wins, a_chain_of_swaps_loses_none,
             a_dropped_future_does_not_lose_the_write, counts_and_lists_by_kind, settings_are_kept,
-            values_of_all_sizes, a_closed_store_says_so);
+            values_of_all_sizes, a_closed_store_says_so, a_listing_shows_what_is_held_oldest_first,
+            a_listing_shows_expired_entries_until_they_are_swept,
+            what_stays_unchanged_is_listed_whatever_happens_meanwhile,
+            a_listing_goes_on_where_its_place_is_gone, any_cursor_will_do);
     };
 }
 
@@ -448,43 +459,50 @@ mod memory {
 mod sled_strict {
     use super::*;
     suite_for_all!(on_disk(Engine::Sled, Durability::Strict, Tuning::default()));
-    suite!(on_disk(Engine::Sled, Durability::Strict, Tuning::default()); reopening_keeps_everything);
+    suite!(on_disk(Engine::Sled, Durability::Strict, Tuning::default()); reopening_keeps_everything, a_listing_goes_on_after_a_restart,
+        a_page_of_large_records_is_short);
 }
 
 mod sled_relaxed {
     use super::*;
     suite_for_all!(on_disk(Engine::Sled, Durability::Relaxed, Tuning::default()));
-    suite!(on_disk(Engine::Sled, Durability::Relaxed, Tuning::default()); reopening_keeps_everything);
+    suite!(on_disk(Engine::Sled, Durability::Relaxed, Tuning::default()); reopening_keeps_everything, a_listing_goes_on_after_a_restart,
+        a_page_of_large_records_is_short);
 }
 
 mod sled_small {
     use super::*;
     suite_for_all!(on_disk(Engine::Sled, Durability::Strict, small()));
-    suite!(on_disk(Engine::Sled, Durability::Strict, small()); reopening_keeps_everything);
+    suite!(on_disk(Engine::Sled, Durability::Strict, small()); reopening_keeps_everything, a_listing_goes_on_after_a_restart,
+        a_page_of_large_records_is_short);
 }
 
 mod sled_small_relaxed {
     use super::*;
     suite_for_all!(on_disk(Engine::Sled, Durability::Relaxed, small()));
-    suite!(on_disk(Engine::Sled, Durability::Relaxed, small()); reopening_keeps_everything);
+    suite!(on_disk(Engine::Sled, Durability::Relaxed, small()); reopening_keeps_everything, a_listing_goes_on_after_a_restart,
+        a_page_of_large_records_is_short);
 }
 
 mod fjall_strict {
     use super::*;
     suite_for_all!(on_disk(Engine::Fjall, Durability::Strict, Tuning::default()));
-    suite!(on_disk(Engine::Fjall, Durability::Strict, Tuning::default()); reopening_keeps_everything);
+    suite!(on_disk(Engine::Fjall, Durability::Strict, Tuning::default()); reopening_keeps_everything, a_listing_goes_on_after_a_restart,
+        a_page_of_large_records_is_short);
 }
 
 mod fjall_small {
     use super::*;
     suite_for_all!(on_disk(Engine::Fjall, Durability::Strict, small()));
-    suite!(on_disk(Engine::Fjall, Durability::Strict, small()); reopening_keeps_everything);
+    suite!(on_disk(Engine::Fjall, Durability::Strict, small()); reopening_keeps_everything, a_listing_goes_on_after_a_restart,
+        a_page_of_large_records_is_short);
 }
 
 mod fjall_small_relaxed {
     use super::*;
     suite_for_all!(on_disk(Engine::Fjall, Durability::Relaxed, small()));
-    suite!(on_disk(Engine::Fjall, Durability::Relaxed, small()); reopening_keeps_everything);
+    suite!(on_disk(Engine::Fjall, Durability::Relaxed, small()); reopening_keeps_everything, a_listing_goes_on_after_a_restart,
+        a_page_of_large_records_is_short);
 }
 
 /// The store that the configuration asks for is the one that is opened.
@@ -507,6 +525,7 @@ async fn any_store_delegates() {
         let version = put(&store, id(1), None, value(CLAIMED, None, "x"), 10).await;
         assert_eq!(store.get(id(1)).await.unwrap().unwrap().version, version);
         assert_eq!(store.unexpiring().unwrap().len(), 1);
+        assert_eq!(store.list(Some(CLAIMED), 0, 10).await.unwrap().entries.len(), 1);
         store.close();
     }
     for (engine, name) in [("Sled", "sled"), ("Fjall", "fjall")] {

@@ -26,6 +26,8 @@ const IMPORTS: &[(&str, &[&str])] = &[
         ],
     ),
     ("main", &["config", "idempotency", "run", "telemetry"]),
+    // The command `records`, a part of `main`.
+    ("command", &["config", "server"]),
     // Wires all of them together.
     ("run", &["admin", "clock", "config", "gateway", "idempotency", "ledger", "server", "store", "telemetry"]),
     ("fault", &[]),
@@ -34,7 +36,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("server", &["gateway", "pem", "telemetry", "clock", "timer"]),
     ("gateway", &["fault", "ledger", "idempotency", "pem", "telemetry", "timer"]),
     ("ledger", &["idempotency", "store", "telemetry", "clock"]),
-    ("admin", &["ledger", "telemetry", "server"]),
+    ("admin", &["ledger", "telemetry", "server", "idempotency", "store"]),
     ("telemetry", &[]),
     ("clock", &["idempotency"]),
     ("idempotency", &[]),
@@ -49,6 +51,9 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("gateway", "store::AnyStore", "names the ledger's type"),
     ("gateway", "store::StoreError", "tells a full store from a failed one in its answers"),
     ("gateway", "store::RecordId", "names the record"),
+    ("admin", "gateway::GatewayLedger", "names the ledger's type"),
+    ("admin", "gateway::reply", "records an operator's answer as any response"),
+    ("admin", "gateway::headers::IDEMPOTENCY_OUTCOME", "the same"),
 ];
 
 /// The crates that the pure core may use.

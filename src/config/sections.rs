@@ -5,6 +5,7 @@ use super::auth::Auth;
 use super::reader::{At, Errors, Node, Section, Value, boolean, choice, count, duration, size, string};
 use super::routes::{self, Absent};
 use super::upstream;
+use crate::admin::TokenFile;
 use crate::gateway::{self, tunnel};
 use crate::pem::FileError;
 use crate::server::tls::{self, Tls};
@@ -52,7 +53,8 @@ pub(super) fn resolve(root: Node, errors: &mut Errors) -> Option<Config> {
     let auth = Auth::read(auth_node, errors);
     let before = errors.count();
     let absent = Absent { token_keys: auth.has_no_keys, ..client.absent };
-    let routes = routes::resolve(routes_node, idempotency_node, absent, errors);
+    let wait = upstream.as_ref().map_or(Duration::ZERO, |up| up.response_timeout + up.late_window);
+    let routes = routes::resolve(routes_node, idempotency_node, absent, wait, errors);
     let auth = auth.resolve(&routes, errors.count() == before, errors);
     let ledger = cache_section(cache_node, errors);
     let store = store_section(store_node, errors);
@@ -305,7 +307,7 @@ fn store_section(node: Option<Node>, errors: &mut Errors) -> store::Options {
     })
 }
 
-/// Also says where its address was written.
+/// Also says where its address was written. Reads the file of tokens.
 fn admin_section(node: Option<Node>, errors: &mut Errors) -> (admin::Options, At) {
     let mut section = Section::new("admin", node, errors);
     let at = section.at("listen");
@@ -314,7 +316,18 @@ fn admin_section(node: Option<Node>, errors: &mut Errors) -> (admin::Options, At
         false => Ok(()),
         true => Err("applies to shared stores, which are not built yet in this version; remove it".to_owned()),
     });
-    section.not_built("token_file");
+    let token_file_at = section.at("token_file");
+    let token_file = section.read("token_file", file);
+    let tokens = token_file.and_then(|path| {
+        let failed = |error: &String| section.add(&token_file_at, "token_file", error);
+        TokenFile::load(path).inspect_err(failed).ok().map(Arc::new)
+    });
+    let options = admin::Options { listen, tokens };
+    if token_file_at == At::Nowhere && options.is_exposed_at(&options.listen) {
+        let message =
+            "is open to other machines, and so would be the records: write admin.token_file, or listen on loopback";
+        section.add(&at, "listen", message);
+    }
     section.finish();
-    (admin::Options { listen }, at)
+    (options, at)
 }

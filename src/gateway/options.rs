@@ -1,6 +1,6 @@
 //! What the gateway is told by the configuration.
 
-use super::{jwt, route, scope, tunnel, upstream};
+use super::{jwt, lookup, probe, route, scope, tunnel, upstream};
 use crate::idempotency::{FingerprintSettings, OutcomeTable, Policy};
 use http::HeaderName;
 use ipnet::IpNet;
@@ -39,6 +39,8 @@ pub enum OnStoreError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplayAuth {
     Scope,
+    /// Whom the upstream lets see it.
+    Probe,
     /// Whoever knows tenant and key gets the replay.
     None,
 }
@@ -63,4 +65,8 @@ pub struct RouteOptions {
     pub credential_headers: Vec<HeaderName>,
     pub trusted_headers: Vec<HeaderName>,
     pub replay_auth: ReplayAuth,
+    /// With [`crate::idempotency::UnknownOutcome::Lookup`].
+    pub lookup: Option<lookup::Options>,
+    /// With [`ReplayAuth::Probe`].
+    pub probe: Option<probe::Options>,
 }

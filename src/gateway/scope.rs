@@ -54,6 +54,7 @@ impl std::fmt::Display for Part {
 pub struct Secret(pub [u8; 32]);
 
 /// Somebody's own space of keys: all scope parts, joined unambiguously, and the secret to hash them with.
+#[derive(Clone)]
 pub struct Tenant {
     secret: [u8; 32],
     parts: Vec<u8>,
@@ -62,26 +63,22 @@ pub struct Tenant {
 impl Tenant {
     /// The id of the record that belongs to a key of this tenant.
     #[must_use]
-    pub fn record_id(&self, key: &[u8]) -> RecordId {
+    pub fn record_id(self, key: &[u8]) -> RecordId {
         let mut id = [0; 16];
-        self.hash("key", key).fill(&mut id);
+        let hash = self.hash("key", key);
+        id.iter_mut().zip(hash.as_bytes()).for_each(|(to, from)| *to = *from);
         RecordId(id)
     }
 
     /// A key made of scope and payload: 64 hex digits.
     #[must_use]
     pub fn derive_key(&self, payload_digest: &[u8; 32]) -> String {
-        let mut key = [0; 32];
-        self.hash("derived", payload_digest).fill(&mut key);
-        blake3::Hash::from_bytes(key).to_hex().to_string()
+        self.clone().hash("derived", payload_digest).to_hex().to_string()
     }
 
-    fn hash(&self, kind: &str, value: &[u8]) -> blake3::OutputReader {
-        let mut last = Vec::with_capacity(kind.len() + value.len() + 17);
-        feed(&mut last, &[kind], Some(value));
-        let mut hasher = blake3::Hasher::new_keyed(&self.secret);
-        hasher.update(&self.parts).update(&last);
-        hasher.finalize_xof()
+    fn hash(mut self, kind: &str, value: &[u8]) -> blake3::Hash {
+        feed(&mut self.parts, &[kind], Some(value));
+        blake3::keyed_hash(&self.secret, &self.parts)
     }
 }
 
@@ -128,9 +125,10 @@ pub(super) fn bearer<'a>(route: &RouteOptions, headers: &'a HeaderMap) -> Result
 ///
 /// # Errors
 /// [`Code::ScopeMissing`] if that cannot be told safely, [`Code::TokenInvalid`] if a token lacks the claim that tells it.
-pub fn tenant(secret: &Secret, route: &RouteOptions, request: &Request<'_>) -> Result<(Tenant, Credentials), Problem> {
+pub fn tenant(secret: &Secret, route: &RouteOptions, request: &Request<'_>) -> Result<Tenant, Problem> {
     check_trusted(route, request)?;
-    let mut parts = Vec::with_capacity(256);
+    // With room for the key.
+    let mut parts = Vec::with_capacity(512);
     let (mut bound, mut present) = (false, false);
     for part in &route.scope {
         let kind = part.kind();
@@ -177,7 +175,7 @@ pub fn tenant(secret: &Secret, route: &RouteOptions, request: &Request<'_>) -> R
     if bound && !present {
         check_anonymous(route, request.headers)?;
     }
-    Ok((Tenant { secret: secret.0, parts }, credentials(secret, route, request)))
+    Ok(Tenant { secret: secret.0, parts })
 }
 
 /// Whether a part is bound to something that only its owner can send.
@@ -279,7 +277,7 @@ fn missing(detail: String) -> Problem {
 }
 
 /// A digest of everything that may tell the caller apart.
-fn credentials(secret: &Secret, route: &RouteOptions, request: &Request<'_>) -> Credentials {
+pub(super) fn credentials(secret: &Secret, route: &RouteOptions, request: &Request<'_>) -> Credentials {
     let mut parts = Vec::with_capacity(256);
     let names = [&AUTHORIZATION, &COOKIE].into_iter().chain(&route.credential_headers).chain(&route.trusted_headers);
     for name in names {
@@ -320,7 +318,8 @@ mod tests {
         let params = super::super::path::matches(&route.pattern, true, &path).unwrap_or_default();
         let peer = Peer { ip: None, trusted: asked.trusted, https: false, client_cert: None };
         let request = Request { headers: &asked.headers, path: &path, params: &params, peer: &peer, claims: None };
-        tenant(&SECRET, route, &request).map(|(tenant, credentials)| (tenant.record_id(b"key"), credentials))
+        let id = tenant(&SECRET, route, &request)?.record_id(b"key");
+        Ok((id, credentials(&SECRET, route, &request)))
     }
 
     fn id(route: &RouteOptions, asked: &Asked) -> RecordId {
@@ -364,7 +363,7 @@ mod tests {
         let peer = Peer { ip: None, trusted: false, https: false, client_cert: None };
         let request =
             Request { headers: &asked.headers, path: &path, params: &Params::default(), peer: &peer, claims: None };
-        let (tenant, _) = tenant(&SECRET, &route, &request).unwrap();
+        let tenant = tenant(&SECRET, &route, &request).unwrap();
         assert_eq!(tenant.derive_key(&[5; 32]), "c6ac4a5f42ebdbb88e2955388993d48bcc18b1ef409dbc1479f6eeffd8414dd5");
         assert_eq!(credentials.0[..4], [107, 199, 224, 187]);
     }

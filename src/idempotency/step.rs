@@ -1,6 +1,6 @@
 //! THE decision: what may happen to a key. One total function without IO, clock or randomness.
 
-use super::record::{ClaimToken, Fingerprint, Millis, Origin, Record, Recorded, State, Why};
+use super::record::{ClaimToken, Fingerprint, Millis, Origin, Record, Recorded, Response, State, Why};
 
 /// What to do with a duplicate of a request that is in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub enum UnknownOutcome {
     Hold,
     /// Send it again, for upstreams that honour the key themselves.
     Forward,
+    /// Ask the upstream. That it has not been executed counts only if it was asked so long after the claim.
+    Lookup { min_age_ms: u64 },
 }
 
 /// A route's rules, as far as they decide what happens to a key. Times in milliseconds.
@@ -60,6 +62,39 @@ pub enum Event {
     Settle { token: ClaimToken, outcome: Outcome },
     /// Found at start: the gateway that held this claim is dead.
     Recover,
+    /// The upstream was asked at `asked_at` what became of the request whose outcome `of`'s holder never learned. The rest
+    /// is as in [`Event::Arrive`].
+    LookedUp {
+        of: ClaimToken,
+        asked_at: Millis,
+        verdict: Verdict,
+        origin: Origin,
+        fingerprint: Fingerprint,
+        token: ClaimToken,
+    },
+    /// An operator has found out what became of a request whose outcome is unknown.
+    Resolve(Resolution),
+    /// An operator gives the key back: what becomes of its next use is his to answer for.
+    Forget,
+}
+
+/// What the upstream says of a key that it was asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It has been executed, and this is the answer to give.
+    Executed(Recorded),
+    NotExecuted,
+    /// It does not say.
+    Undecided,
+}
+
+/// An operator's word on a request whose outcome is unknown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resolution {
+    /// It has not been executed: the key is free.
+    NotExecuted,
+    /// It has been executed, and this is the answer to give.
+    Response(Response),
 }
 
 /// Why a request is refused.
@@ -84,8 +119,10 @@ pub enum Decision {
     Forward {
         resend: bool,
     },
-    /// Answer from the record that was read.
+    /// Answer from the record that the step leaves.
     Replay,
+    /// Ask the upstream what became of it, and come back with [`Event::LookedUp`].
+    Lookup,
     /// Wait for the claim to settle; its lease ends at `until`.
     Wait {
         until: Option<Millis>,
@@ -96,6 +133,12 @@ pub enum Decision {
     Settled,
     /// The record has moved on: the event changes nothing.
     Superseded,
+    /// To an operator: there is no such record, or its time is over.
+    NotFound,
+    /// To an operator: a claim settles by itself, and nobody can say yet how.
+    InFlight,
+    /// To an operator: the outcome is known, so there is nothing to resolve.
+    NotUnknown,
 }
 
 /// What to write, conditional on the record that was read.
@@ -127,6 +170,23 @@ pub fn step(policy: &Policy, now: Millis, stored: Option<&Record>, event: &Event
             None => claim(policy, now, Origin { attempts: 1, claimed_at: now, ..origin.clone() }, *fingerprint, *token),
             Some(record) => arrive_at(policy, now, record, fingerprint, *token),
         },
+        Event::LookedUp { of, asked_at, verdict, origin, fingerprint, token } => {
+            let asked_for = |record: &&Record| {
+                matches!(record.state, State::Unknown { .. }) && record.token == *of && !record.expired(now)
+            };
+            match stored.filter(asked_for) {
+                Some(record) if !record.fingerprint.conflicts_with(fingerprint) => {
+                    let again = Origin { attempts: 1, claimed_at: now, ..origin.clone() };
+                    looked_up(policy, now, record, *asked_at, verdict, (again, *fingerprint, *token))
+                }
+                _ => moved_on(step(
+                    policy,
+                    now,
+                    stored,
+                    &Event::Arrive { origin: origin.clone(), fingerprint: *fingerprint, token: *token },
+                )),
+            }
+        }
         Event::Renew { token } => renew(policy, now, stored, *token),
         Event::Settle { token, outcome } => settle(policy, now, stored, *token, outcome),
         Event::Recover => match stored {
@@ -135,7 +195,24 @@ pub fn step(policy: &Policy, now: Millis, stored: Option<&Record>, event: &Event
             }
             _ => Step::keep(Decision::Superseded),
         },
+        Event::Resolve(_) | Event::Forget => match stored.filter(|record| !record.expired(now)) {
+            None => Step::keep(Decision::NotFound),
+            Some(record) => operate(policy, now, record, event),
+        },
     }
+}
+
+/// An operator's act on a live record. A claim refuses all of them: its request may be on its way to the upstream.
+fn operate(policy: &Policy, now: Millis, record: &Record, event: &Event) -> Step {
+    let write = match (&record.state, event) {
+        (State::Claimed { .. }, _) => return Step::keep(Decision::InFlight),
+        (State::Unknown { .. }, Event::Resolve(Resolution::Response(response))) => {
+            Write::Put(completed(policy, now, record, Recorded::Full(response.clone())))
+        }
+        (State::Completed { .. }, Event::Resolve(_)) => return Step::keep(Decision::NotUnknown),
+        (State::Unknown { .. } | State::Completed { .. }, _) => Write::Remove,
+    };
+    Step { write, decision: Decision::Settled }
 }
 
 fn claim(policy: &Policy, now: Millis, origin: Origin, fingerprint: Fingerprint, token: ClaimToken) -> Step {
@@ -175,7 +252,52 @@ fn arrive_at(policy: &Policy, now: Millis, record: &Record, fingerprint: &Finger
                 let origin = Origin { attempts, ..record.origin.clone() };
                 claim(policy, now, origin, record.fingerprint, token)
             }
+            UnknownOutcome::Lookup { .. } => Step::keep(Decision::Lookup),
         },
+    }
+}
+
+/// A verdict on the very claim that it was asked for.
+fn looked_up(
+    policy: &Policy,
+    now: Millis,
+    record: &Record,
+    asked_at: Millis,
+    verdict: &Verdict,
+    (origin, fingerprint, token): (Origin, Fingerprint, ClaimToken),
+) -> Step {
+    match verdict {
+        Verdict::Executed(response) => {
+            let record = completed(policy, now, record, response.clone());
+            let decision = arrive_at(policy, now, &record, &fingerprint, token).decision;
+            Step { write: Write::Put(record), decision }
+        }
+        Verdict::NotExecuted => {
+            // Of several claims only the first one's time is known; all of them were made before the outcome was unknown.
+            let claimed_at = match record.state {
+                State::Unknown { since, .. } if record.origin.attempts > 1 => since,
+                _ => record.origin.claimed_at,
+            };
+            match policy.unknown_outcome {
+                UnknownOutcome::Lookup { min_age_ms } if claimed_at.plus(min_age_ms) <= asked_at => {
+                    claim(policy, now, origin, fingerprint, token)
+                }
+                // The upstream may still be at it.
+                UnknownOutcome::Lookup { .. } => Step::keep(Decision::Reject(RejectReason::InProgress)),
+                UnknownOutcome::Hold | UnknownOutcome::Forward => {
+                    Step::keep(Decision::Reject(RejectReason::OutcomeUnknown))
+                }
+            }
+        }
+        Verdict::Undecided => Step::keep(Decision::Reject(RejectReason::OutcomeUnknown)),
+    }
+}
+
+/// Whoever has asked for a claim that is there no more does not ask again for the next: one question for each arrival.
+fn moved_on(step: Step) -> Step {
+    match step.decision {
+        Decision::Lookup => Step { decision: Decision::Reject(RejectReason::InProgress), ..step },
+        _ => step,
     }
 }
 
@@ -206,11 +328,7 @@ fn settle(policy: &Policy, now: Millis, stored: Option<&Record>, token: ClaimTok
         State::Completed { .. } => return Step::keep(Decision::Settled),
     };
     let write = match outcome {
-        Outcome::Final(response) => {
-            let expires_at = now.plus(policy.retention_ms);
-            let state = State::Completed { response: response.clone(), completed_at: now, expires_at };
-            Write::Put(Record { state, ..record.clone() })
-        }
+        Outcome::Final(response) => Write::Put(completed(policy, now, record, response.clone())),
         // An earlier send may have been executed, whatever became of this one.
         Outcome::NotExecuted(Evidence::ThisSend) if record.origin.attempts > 1 => {
             if claimed {
@@ -224,6 +342,11 @@ fn settle(policy: &Policy, now: Millis, stored: Option<&Record>, token: ClaimTok
         Outcome::Unknown(_) => Write::Keep,
     };
     Step { write, decision: Decision::Settled }
+}
+
+fn completed(policy: &Policy, now: Millis, record: &Record, response: Recorded) -> Record {
+    let expires_at = now.plus(policy.retention_ms);
+    Record { state: State::Completed { response, completed_at: now, expires_at }, ..record.clone() }
 }
 
 fn unknown(policy: &Policy, now: Millis, record: &Record, why: Why) -> Record {

@@ -1,6 +1,8 @@
+mod operator;
+
 use super::*;
 use crate::idempotency::{Concurrent, Evidence, Recorded, Response, UnknownOutcome};
-use crate::store::Health;
+use crate::store::{Health, Page};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Mutex;
@@ -85,6 +87,16 @@ impl Store for Arc<Scripted> {
         let state = self.state.lock().unwrap();
         let claims = state.entries.iter().filter(|(_, entry)| entry.value.expires_at_ms.is_none());
         Ok(claims.map(|(id, entry)| (*id, entry.clone())).collect())
+    }
+
+    async fn list(&self, tag: Option<Tag>, after: u64, visit: usize) -> Result<Page, StoreError> {
+        let state = self.state.lock().unwrap();
+        let wanted = |entry: &Entry| entry.version.0 > after && tag.is_none_or(|tag| tag == entry.value.tag);
+        let mut entries: Vec<_> = state.entries.iter().filter(|(_, entry)| wanted(entry)).collect();
+        entries.sort_by_key(|(_, entry)| entry.version);
+        let next = entries.get(visit.max(1) - 1).map(|(_, entry)| entry.version.0);
+        let entries = entries.into_iter().take(visit.max(1)).map(|(id, entry)| (*id, entry.clone())).collect();
+        Ok(Page { entries, next })
     }
 
     fn newest_ms(&self) -> u64 {
@@ -208,6 +220,7 @@ async fn claim(ledger: &TestLedger) -> Claim<Arc<Scripted>, &'static str> {
     match lead(ledger, &arrival(1, 1)).claim().await.unwrap() {
         ClaimResult::Claimed(claim) => claim,
         ClaimResult::Answer(answer) => panic!("answered: {answer:?}"),
+        ClaimResult::LookUp(_) => panic!("asks"),
     }
 }
 
@@ -215,6 +228,7 @@ async fn claim_answer(ledger: &TestLedger, arrival: &Arrival) -> Answer {
     match lead(ledger, arrival).claim().await.unwrap() {
         ClaimResult::Answer(answer) => answer,
         ClaimResult::Claimed(_) => panic!("claimed"),
+        ClaimResult::LookUp(_) => panic!("asks"),
     }
 }
 

@@ -25,6 +25,7 @@
 mod commit;
 mod error;
 mod indexer;
+mod listing;
 mod recovery;
 mod replay;
 mod scrub;
@@ -38,7 +39,9 @@ mod verify;
 pub use super::index::Engine;
 use super::index::{self, Index, IndexError};
 use super::log::frame::MAX_VALUE;
-use super::{Entry, Health, OLDEST_TRACKED, RecordId, Status, Store, StoreError, Swap, Tag, Urgency, Value, Version};
+use super::{
+    Entry, Health, OLDEST_TRACKED, Page, RecordId, Status, Store, StoreError, Swap, Tag, Urgency, Value, Version,
+};
 use bytes::Bytes;
 use commit::{Answer, Committer, Found, Op};
 pub use error::OpenError;
@@ -410,6 +413,10 @@ impl Store for Embedded {
             state.unexpiring.values().filter_map(|id| Some((*id, state.slots.get(id)?.live.clone()?))).collect();
         drop(state);
         live.into_iter().map(|(id, live)| Ok((id, Found::Memory(live).read(id)?))).collect()
+    }
+
+    async fn list(&self, tag: Option<Tag>, after: u64, visit: usize) -> Result<Page, StoreError> {
+        self.off_thread(move |shared| listing::list(shared, tag, after, visit)).await
     }
 
     fn newest_ms(&self) -> u64 {

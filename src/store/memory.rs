@@ -1,13 +1,16 @@
 //! A store in memory: nothing survives the process. For tests, and for those who accept that.
 
-use super::{Entry, Health, RecordId, Status, Store, StoreError, Swap, Tag, Urgency, Value, Version};
+use super::{Entry, Health, Page, RecordId, Status, Store, StoreError, Swap, Tag, Urgency, Value, Version};
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Bound::{Excluded, Unbounded};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Entries that one call of `sweep` drops at most.
 const SWEEP_MAX: usize = 2048;
+/// Entries that one call of `list` looks at, at most: others wait for it.
+const LIST_MAX: usize = 1024;
 
 #[derive(Debug, Default)]
 pub struct Memory {
@@ -21,8 +24,8 @@ struct State {
     expiry: BTreeSet<(u64, RecordId)>,
     /// What never expires.
     unexpiring: BTreeSet<RecordId>,
-    /// Per tag: version → time of the write.
-    by_tag: [BTreeMap<u64, u64>; Tag::COUNT],
+    /// Per tag: version → id, and time of the write.
+    by_tag: [BTreeMap<u64, (RecordId, u64)>; Tag::COUNT],
     settings: BTreeMap<String, Bytes>,
     last_version: u64,
     newest_ms: u64,
@@ -45,7 +48,7 @@ impl State {
             None => drop(self.unexpiring.insert(id)),
         }
         if let Some(tag) = self.by_tag.get_mut(usize::from(held.entry.value.tag.0)) {
-            tag.insert(held.entry.version.0, held.time_ms);
+            tag.insert(held.entry.version.0, (id, held.time_ms));
         }
         self.entries.insert(id, held);
     }
@@ -132,6 +135,23 @@ impl Store for Memory {
         Ok(state.unexpiring.iter().filter_map(|id| Some((*id, state.entries.get(id)?.entry.clone()))).collect())
     }
 
+    /// By version.
+    async fn list(&self, tag: Option<Tag>, after: u64, visit: usize) -> Result<Page, StoreError> {
+        let state = self.state();
+        state.open()?;
+        let visit = visit.clamp(1, LIST_MAX);
+        let wanted = |at: usize| tag.is_none_or(|tag| usize::from(tag.0) == at);
+        let of_tags = state.by_tag.iter().enumerate().filter(|(at, _)| wanted(*at)).flat_map(|(_, of_tag)| {
+            of_tag.range((Excluded(after), Unbounded)).take(visit).map(|(version, (id, _))| (*version, *id))
+        });
+        let mut found: Vec<_> = of_tags.collect();
+        found.sort_unstable_by_key(|(version, _)| *version);
+        found.truncate(visit);
+        let next = found.last().map(|(version, _)| *version).filter(|_| found.len() == visit);
+        let entry = |id: RecordId| Some((id, state.entries.get(&id)?.entry.clone()));
+        Ok(Page { entries: found.into_iter().filter_map(|(_, id)| entry(id)).collect(), next })
+    }
+
     fn newest_ms(&self) -> u64 {
         self.state().newest_ms
     }
@@ -153,7 +173,7 @@ impl Store for Memory {
             health: if state.closed { Health::Failed } else { Health::Ok },
             created: true,
             entries: state.by_tag.each_ref().map(|tag| tag.len() as u64),
-            oldest_ms: state.by_tag.each_ref().map(|tag| tag.first_key_value().map(|(_, time_ms)| *time_ms)),
+            oldest_ms: state.by_tag.each_ref().map(|tag| tag.first_key_value().map(|(_, (_, time_ms))| *time_ms)),
             queue_len: 0,
             batches: state.writes,
             batched_writes: state.writes,

@@ -56,7 +56,9 @@ fn liveness_and_readiness_are_open_and_other_paths_are_not_there() {
     let gateway = Gateway::start(&upstream, "");
     assert_eq!(gateway.admin("/livez").status, 200);
     assert_eq!(gateway.admin("/readyz").status, 200);
-    assert_eq!(gateway.admin("/records").status, 404);
+    for path in ["/", "/record", "/recordsx", "/livez/"] {
+        assert_eq!(gateway.admin(path).status, 404, "{path}");
+    }
     assert_eq!(crate::support::call(gateway.admin, request("POST", "/livez", &[], "")).status, 405);
     assert!(gateway.admin("/metrics").text().contains("oncegate_build_info{version="));
 }

@@ -357,7 +357,7 @@ fn ids_of_claims_are_the_same_in_every_version_and_all_different() {
         let (headers, path, params) = (http::HeaderMap::new(), NormalPath::new(b"/posts"), Params::default());
         let peer = Peer { ip: None, trusted: false, https: false, client_cert: None };
         let request = Request { headers: &headers, path: &path, params: &params, peer: &peer, claims };
-        tenant(&Secret([9; 32]), &route, &request).map(|(tenant, _)| tenant.record_id(b"key").to_string())
+        tenant(&Secret([9; 32]), &route, &request).map(|tenant| tenant.record_id(b"key").to_string())
     };
     let all = [
         claims(Some("i"), text("1"), text("o")),

@@ -266,6 +266,78 @@ fn recovery_turns_claims_into_unknowns_and_leaves_the_rest() {
     assert_eq!(recover(None), Step::keep(Decision::Superseded));
 }
 
+fn answer() -> Response {
+    Response { status: 200, headers: Vec::new(), body: Bytes::from_static(b"by hand") }
+}
+
+fn acts() -> [Event; 3] {
+    [Event::Resolve(Resolution::NotExecuted), Event::Resolve(Resolution::Response(answer())), Event::Forget]
+}
+
+#[test]
+fn an_operator_resolves_what_is_unknown() {
+    for policy in [HOLD, FORWARD, LEASED] {
+        for stored in
+            [record(unknown_since(9_000, Why::Status(502), 10_001)), resent(unknown_since(1, Why::Crash, 20_000))]
+        {
+            let freed = Step { write: Write::Remove, decision: Decision::Settled };
+            assert_eq!(step(&policy, NOW, Some(&stored), &Event::Resolve(Resolution::NotExecuted)), freed);
+            assert_eq!(step(&policy, NOW, Some(&stored), &Event::Forget), freed);
+            let response = Recorded::Full(answer());
+            let state = State::Completed { response, completed_at: NOW, expires_at: Millis(11_000) };
+            let completed = put(Record { state, ..stored.clone() }, Decision::Settled);
+            let resolution = Resolution::Response(answer());
+            assert_eq!(step(&policy, NOW, Some(&stored), &Event::Resolve(resolution)), completed);
+        }
+    }
+}
+
+#[test]
+fn an_operator_forgets_a_completed_record_but_never_resolves_it() {
+    let omitted = Recorded::Omitted { status: 200, location: None };
+    let omitted = State::Completed { response: omitted, completed_at: NOW, expires_at: Millis(20_000) };
+    for stored in [record(completed(10_001)), resent(completed(20_000)), record(omitted)] {
+        let [not_executed, response, forget] = acts().map(|event| step(&HOLD, NOW, Some(&stored), &event));
+        assert_eq!([not_executed, response], [(); 2].map(|()| Step::keep(Decision::NotUnknown)));
+        assert_eq!(forget, Step { write: Write::Remove, decision: Decision::Settled });
+    }
+}
+
+#[test]
+fn a_claim_refuses_every_operator() {
+    for event in acts() {
+        for (policy, until) in [(HOLD, None), (LEASED, Some(10_001)), (LEASED, Some(9_999))] {
+            for stored in [record(claimed(until)), resent(claimed(until))] {
+                assert_eq!(step(&policy, NOW, Some(&stored), &event), Step::keep(Decision::InFlight), "{event:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_absent_or_expired_is_not_found_by_an_operator() {
+    for event in acts() {
+        assert_eq!(step(&HOLD, NOW, None, &event), Step::keep(Decision::NotFound));
+        for state in [completed(10_000), unknown_since(9_000, Why::Reset, 10_000), unknown_since(1, Why::Reset, 2)] {
+            assert_eq!(step(&HOLD, NOW, Some(&record(state)), &event), Step::keep(Decision::NotFound), "{event:?}");
+        }
+    }
+}
+
+#[test]
+fn after_an_operators_act_the_token_settles_nothing_more() {
+    let unknown = record(unknown_since(9_000, Why::Timeout, 20_000));
+    let Write::Put(resolved) = step(&HOLD, NOW, Some(&unknown), &Event::Resolve(Resolution::Response(answer()))).write
+    else {
+        panic!("not resolved")
+    };
+    for outcome in outcomes() {
+        let late = settle_with(&HOLD, Some(&resolved), MINE, outcome.clone());
+        assert_eq!(late, Step::keep(Decision::Settled), "the operator's answer stays");
+        assert_eq!(settle_with(&HOLD, None, MINE, outcome), Step::keep(Decision::Superseded));
+    }
+}
+
 #[test]
 fn times_saturate() {
     let forever = Policy { retention_ms: u64::MAX, unknown_retention_ms: u64::MAX, lease_ms: Some(u64::MAX), ..HOLD };

@@ -6,35 +6,13 @@ use crate::store::log::frame::NEVER;
 use crate::store::log::scan::Verified;
 use crate::store::log::segment::Segment;
 use crate::store::log::{LogPoint, Position};
-use crate::store::{OLDEST_TRACKED, RecordId, Tag};
+use crate::store::{HashOfIds, OLDEST_TRACKED, RecordId, Tag};
 use bytes::Bytes;
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
-/// Ids are keyed hashes already: eight of their bytes are as good a hash as any, and nobody can choose them.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct IdHasher(u64);
-
-impl Hasher for IdHasher {
-    fn write(&mut self, bytes: &[u8]) {
-        for piece in bytes.chunks(8) {
-            let mut word = [0; 8];
-            word.iter_mut().zip(piece).for_each(|(to, from)| *to = *from);
-            self.0 = self.0.rotate_left(29) ^ u64::from_le_bytes(word);
-        }
-    }
-
-    fn write_usize(&mut self, _len: usize) {}
-
-    fn finish(&self) -> u64 {
-        // The table takes its bits from both ends.
-        self.0.wrapping_mul(0x9e37_79b9_7f4a_7c15)
-    }
-}
-
-pub(super) type IdMap<V> = HashMap<RecordId, V, BuildHasherDefault<IdHasher>>;
-pub(super) type IdSet = HashSet<RecordId, BuildHasherDefault<IdHasher>>;
+pub(super) type IdMap<V> = HashMap<RecordId, V, HashOfIds>;
+pub(super) type IdSet = HashSet<RecordId, HashOfIds>;
 
 /// An entry that the store holds.
 #[derive(Clone, Debug)]
@@ -89,6 +67,8 @@ pub(super) struct State {
     pub(super) waiting_bytes: u64,
     /// Where the entries stand that never expire.
     pub(super) unexpiring: BTreeMap<Position, RecordId>,
+    /// How many those are.
+    unexpiring_counts: [i64; Tag::COUNT],
     /// Versions of the entries of [`OLDEST_TRACKED`], and where they stand: 16 bytes each, and there should be few.
     pub(super) tracked: BTreeMap<u64, Position>,
     /// May be negative until the survey has counted what is in the index.
@@ -107,6 +87,7 @@ impl State {
             waiting: 0,
             waiting_bytes: 0,
             unexpiring: BTreeMap::new(),
+            unexpiring_counts: [0; Tag::COUNT],
             tracked: BTreeMap::new(),
             counts: [0; Tag::COUNT],
             segments,
@@ -125,6 +106,7 @@ impl State {
                 self.waiting = self.waiting.saturating_sub(1);
             } else if let Some(live) = old.live {
                 self.unexpiring.remove(&live.located.position);
+                add(&mut self.unexpiring_counts, live.located.tag, -1);
             }
         }
         if live.is_none() && !in_index {
@@ -135,26 +117,29 @@ impl State {
             self.waiting += 1;
         } else if let Some(live) = &slot.live {
             self.unexpiring.insert(live.located.position, id);
+            add(&mut self.unexpiring_counts, live.located.tag, 1);
         }
         self.slots.insert(id, slot);
     }
 
     pub(super) fn count(&mut self, located: &Located) {
-        if let Some(count) = self.counts.get_mut(usize::from(located.tag.0)) {
-            *count += 1;
-        }
+        add(&mut self.counts, located.tag, 1);
         if located.tag == OLDEST_TRACKED {
             self.tracked.insert(located.version, located.position);
         }
     }
 
     pub(super) fn uncount(&mut self, located: &Located) {
-        if let Some(count) = self.counts.get_mut(usize::from(located.tag.0)) {
-            *count -= 1;
-        }
+        add(&mut self.counts, located.tag, -1);
         if located.tag == OLDEST_TRACKED {
             self.tracked.remove(&located.version);
         }
+    }
+
+    /// Whether none of a tag's entries expires. Counts only once the index has been walked through.
+    pub(super) fn never_expire(&self, tag: Tag) -> bool {
+        let at = usize::from(tag.0);
+        self.counts.get(at) == self.unexpiring_counts.get(at)
     }
 
     /// Bytes of log from `position` to the end.
@@ -166,5 +151,11 @@ impl State {
     /// Bytes of all segment files.
     pub(super) fn log_bytes(&self) -> u64 {
         self.segments.values().map(|segment| segment.capacity).sum()
+    }
+}
+
+fn add(counts: &mut [i64; Tag::COUNT], tag: Tag, n: i64) {
+    if let Some(count) = counts.get_mut(usize::from(tag.0)) {
+        *count += n;
     }
 }

@@ -129,6 +129,13 @@ impl<'a> EntryRef<'a> {
         fields.u64()
     }
 
+    /// The length of the value, by the word of an entry's header.
+    pub(crate) fn value_len(header: &[u8; ENTRY_HEADER]) -> Option<usize> {
+        let mut fields = Fields(header);
+        fields.bytes(8 + 16 + 8 + 8 + 8)?;
+        usize::try_from(fields.u32()?).ok()
+    }
+
     /// Bytes it takes in a frame.
     pub(crate) fn size(&self) -> usize {
         (ENTRY_HEADER + self.value.len()).next_multiple_of(ALIGN)

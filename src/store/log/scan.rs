@@ -38,6 +38,8 @@ pub(crate) enum Scanned<'a> {
 pub(crate) struct FrameReader<'a, R: ReadAt + ?Sized> {
     source: &'a R,
     uid: u64,
+    /// Bytes that are read at once, at least.
+    piece: usize,
     buf: Vec<u8>,
     /// Offset in the file of the buffer's first byte, and how much of the buffer is filled.
     start: u64,
@@ -48,11 +50,19 @@ const PIECE: usize = 1 << 20;
 
 impl<'a, R: ReadAt + ?Sized> FrameReader<'a, R> {
     pub(crate) fn new(source: &'a R, uid: u64) -> Self {
-        Self { source, uid, buf: Vec::new(), start: 0, filled: 0 }
+        Self::in_pieces(source, uid, PIECE)
+    }
+
+    /// For a few short looks, `piece` bytes at once are enough.
+    pub(crate) fn in_pieces(source: &'a R, uid: u64, piece: usize) -> Self {
+        Self { source, uid, piece, buf: Vec::new(), start: 0, filled: 0 }
     }
 
     /// Up to `want` bytes from `offset` on; fewer only at the end of the file.
-    fn window(&mut self, offset: u64, want: usize) -> io::Result<&[u8]> {
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub(crate) fn window(&mut self, offset: u64, want: usize) -> io::Result<&[u8]> {
         let end = self.start + self.filled as u64;
         if offset < self.start || offset > end {
             (self.start, self.filled) = (offset, 0);
@@ -61,8 +71,9 @@ impl<'a, R: ReadAt + ?Sized> FrameReader<'a, R> {
         if self.filled - skip < want {
             self.buf.copy_within(skip..self.filled, 0);
             (self.start, self.filled, skip) = (offset, self.filled - skip, 0);
-            if self.buf.len() < want.max(PIECE) {
-                self.buf.resize(want.max(PIECE), 0);
+            let len = want.max(self.piece);
+            if self.buf.len() < len {
+                self.buf.resize(len, 0);
             }
             while self.filled < want {
                 let free = self.buf.get_mut(self.filled..).unwrap_or_default();
