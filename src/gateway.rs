@@ -260,11 +260,8 @@ impl Gateway {
             let detail = format!("This request needs the header {}, with a key of its own.", options.header);
             return Err(Problem::new(Code::KeyMissing, detail));
         }
-        let claims = match (scope::bearer(options, &parts.headers)?, &self.options.auth) {
-            // What this takes is not part of every request.
-            (Some(token), Some(auth)) => Some(Box::pin(auth.verify(token, self.ledger.now())).await?),
-            _ => None,
-        };
+        let token = scope::bearer(options, &parts.headers)?;
+        let claims = jwt::claims(self.options.auth.as_deref(), token, || self.ledger.now()).await?;
         let asked = scope::Request { headers: &parts.headers, path, params, peer, claims: claims.as_deref() };
         let tenant = scope::tenant(&self.secret, options, &asked)?;
         // The token may have waited for its key.

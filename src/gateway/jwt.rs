@@ -193,6 +193,17 @@ impl Auth {
     }
 }
 
+/// What a request's token says, where there is one and it is to be verified; see [`Auth::verify`].
+pub(super) async fn claims(
+    auth: Option<&Auth>,
+    token: Option<&[u8]>,
+    now: impl FnOnce() -> Millis,
+) -> Result<Option<Arc<Claims>>, Refusal> {
+    let (Some(auth), Some(token)) = (auth, token) else { return Ok(None) };
+    // What this takes is not part of every request.
+    Box::pin(auth.verify(token, now())).await.map(Some)
+}
+
 impl Claims {
     /// Whom a claim names.
     ///
