@@ -5,6 +5,7 @@ pub mod client_cert;
 mod forward;
 pub mod headers;
 pub mod identity;
+pub mod jwt;
 pub mod key;
 pub mod lookup;
 mod options;
@@ -259,7 +260,12 @@ impl Gateway {
             let detail = format!("This request needs the header {}, with a key of its own.", options.header);
             return Err(Problem::new(Code::KeyMissing, detail));
         }
-        let asked = scope::Request { headers: &parts.headers, path, params, peer };
+        let claims = match (scope::bearer(options, &parts.headers)?, &self.options.auth) {
+            // What this takes is not part of every request.
+            (Some(token), Some(auth)) => Some(Box::pin(auth.verify(token, self.ledger.now())).await?),
+            _ => None,
+        };
+        let asked = scope::Request { headers: &parts.headers, path, params, peer, claims: claims.as_deref() };
         let tenant = scope::tenant(&self.secret, options, &asked)?;
         let body = body::read(body, self.options.max_body, started + self.options.body_timeout, &self.budget).await?;
         let fingerprint = fingerprint(route, parts, path, &body.bytes);
@@ -279,7 +285,7 @@ impl Gateway {
         {
             return self.answer(answer, false);
         }
-        let asked = scope::Request { headers: &parts.headers, path, params, peer };
+        let asked = scope::Request { headers: &parts.headers, path, params, peer, claims: None };
         let credentials = scope::credentials(&self.secret, options, &asked);
         let arrival = Arrival {
             id,
@@ -444,6 +450,7 @@ fn classify(code: Code) -> Outcome {
         Code::KeyMissing
         | Code::KeyInvalid
         | Code::ScopeMissing
+        | Code::TokenInvalid
         | Code::PathAmbiguous
         | Code::BadRequest
         | Code::TargetTooLong
