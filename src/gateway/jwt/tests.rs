@@ -374,23 +374,7 @@ fn ids_of_claims_are_the_same_in_every_version_and_all_different() {
     let ids = all.iter().map(|claims| id(Some(claims)).unwrap()).chain([id(None).unwrap()]);
     assert_eq!(ids.collect::<std::collections::HashSet<_>>().len(), all.len() + 1);
     assert_eq!(id(Some(&all[0])).unwrap(), "bd00b7ea1c5e66043a0c1de5c913932e");
-    assert_eq!(id(None).unwrap(), "golden");
+    assert_eq!(id(None).unwrap(), "c86010bb5eb630b077831003e1933214");
     let half = Claims { issuer: None, values: vec![("sub".to_owned(), text("1"))] };
     assert_eq!(id(Some(&half)).unwrap_err().code, Code::TokenInvalid);
-}
-
-#[tokio::test]
-#[ignore]
-async fn zz_measure() {
-    for signer in [Signer::rsa(), Signer::p256(), Signer::p384(), Signer::ed25519()] {
-        let world = World::new(options(), &[signer.jwk("a")]);
-        let tokens = (0..2000).map(|n| signer.token("a", &with("jti", json!(n)))).collect::<Vec<_>>();
-        for what in ["verify", "remembered"] {
-            let began = tokio::time::Instant::now();
-            for token in &tokens {
-                world.verify(token).await.unwrap();
-            }
-            eprintln!("{} {what}: {:?}", signer.alg(), began.elapsed() / 2000);
-        }
-    }
 }

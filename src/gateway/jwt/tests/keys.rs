@@ -269,7 +269,7 @@ async fn a_fetch_that_fails_is_tried_again_after_a_pause() {
     // With keys, and without any so far.
     for (first, times) in [
         (set(&[signer.jwk("a")]), Times { pause: MS * 20, interval: MS * 20, ..STILL }),
-        ("nothing".to_owned(), Times { short_pause: MS * 20, ..STILL }),
+        ("nothing".to_owned(), Times { short_pause: MS * 20, interval: MS * 20, ..STILL }),
     ] {
         let mut publisher = Publisher::new(&[]).await;
         publisher.publish(&first);
@@ -301,16 +301,15 @@ async fn nobody_waits_for_longer_than_a_fetch_may_take() {
     assert!(began.elapsed() < MS * 5000);
     // Each fetch is given up: there is another one, which is answered.
     publisher.publish(&set(&[signer.jwk("a")]));
-    let count = *publisher.count.borrow();
-    publisher.asked(count + 1).await;
     let mut pace = auth.keys.pace.subscribe();
-    let done = pace.borrow().done;
-    let _ = tokio::time::timeout(MS * 20_000, pace.wait_for(|pace| pace.done > done || !pace.under_way)).await.unwrap();
+    let taken = pace.wait_for(|_| auth.keys.current().is_some());
+    tokio::time::timeout(MS * 20_000, taken).await.unwrap().unwrap();
+    drop(pace);
     assert!(auth.verify(token.as_bytes(), NOW).await.is_ok());
     // The source is silent again: who asks for another key is refused in time, and others notice nothing.
     publisher.publish("");
-    auth.reload();
     let count = *publisher.count.borrow();
+    auth.reload();
     publisher.asked(count + 1).await;
     let began = Instant::now();
     assert_eq!(auth.verify(signer.token("b", &claims()).as_bytes(), NOW).await, Err(Refusal::UnknownKey));
