@@ -10,10 +10,12 @@
 //! server      accept, a worker, TLS, HTTP/1.1 or 2, time limits    server.rs, server/{workers,tls,connection,http2,timed_io}.rs
 //! gateway     check → route → no: pass through, streaming          gateway.rs, gateway/{headers,path,route,pass}.rs
 //!                     Upgrade → 101: a tunnel                      gateway/tunnel.rs
+//!                     mode = "observe": what would be done         gateway/observe.rs
 //!             key → scope → body (capped) → fingerprint            gateway/{key,scope,body}.rs, idempotency/fingerprint.rs
 //!                   jwt: part → a token is verified                gateway/jwt.rs, gateway/jwt/*
 //! ledger      hot cache? replay. In flight here? wait.             ledger.rs, ledger/{hot_cache,slots}.rs
 //!             claim in the store: durable before a byte is sent    store.rs, store/*
+//!             Unknown? ask the upstream (lookup). May he see it?   gateway/{lookup,probe,question}.rs
 //! gateway     forward in a task of its own, settle, reply          gateway/{forward,upstream,reply,problem}.rs, gateway/upstream/*
 //! ```
 //!

@@ -216,7 +216,7 @@ const ERRORS: &[(&str, &str, &str)] = &[
         "is no target",
     ),
     ("idempotency.probe.cache = \"x\"", "f.toml:1: idempotency.probe.cache: ", "duration"),
-    ("idempotency.mode = \"observe\"", "f.toml:1: idempotency.mode: ", "not built yet"),
+    ("idempotency.mode = \"watch\"", "f.toml:1: idempotency.mode: ", "\"observe\""),
     ("store.engine = \"redis\"", "f.toml:1: store.engine: ", "not built yet"),
     ("store.engine = \"postgres\"", "f.toml:1: store.engine: ", "not built yet"),
     ("store.url = \"redis://a\"", "f.toml:1: store.url: ", "not built yet"),
