@@ -297,6 +297,9 @@ fn what_is_not_understood_is_refused() {
     ] {
         get(&gateway, path).expect_problem(404, "record_not_found");
     }
+    let mut client = crate::support::Client::connect(gateway.admin);
+    client.send("HEAD /records HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    assert!(client.read_head().starts_with("HTTP/1.1 200 ") && client.at_end());
     for (method, path, allow) in [
         ("POST", "/records".to_owned(), "GET, HEAD"),
         ("DELETE", "/records".to_owned(), "GET, HEAD"),
