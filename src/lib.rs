@@ -34,6 +34,7 @@
 //! - [`config`]: the configuration file, the environment and the flags, resolved into each module's own options.
 //! - [`pem`]: certificates and keys from files, for TLS on both sides.
 //! - `timer`: time limits that are set once a request.
+//! - `command` (in the program, not in this library): `oncegate records`, a client of the admin address.
 //! - [`run`]: wires it all together. [`clock`]: the one place that reads the system's clocks.
 //!
 //! Who may import whom is checked by `tests/tidy.rs`: `main`, `run` → everything; server → gateway → ledger →
