@@ -65,8 +65,8 @@ pub struct Running {
     admin: Arc<Admin>,
     tls: Option<Arc<Tls>>,
     upstream: Arc<Upstream>,
-    auth: Option<Arc<Auth>>,
     tokens: Option<Arc<admin::TokenFile>>,
+    auth: Option<Arc<Auth>>,
     drain_delay: Duration,
     drain_timeout: Duration,
     addresses: Vec<Address>,
@@ -101,10 +101,10 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
         return Err(StartError::Exposed(admin_address));
     }
 
-    let auth = config.gateway.auth.clone();
     let rules = config.gateway.routes.iter().map(rules).collect();
     let tokens = config.admin.tokens;
     let records = Records::new(ledger.clone(), tokens.clone(), rules);
+    let auth = config.gateway.auth.clone();
     let gateway = Gateway::new(config.gateway, ledger.clone(), secret, metrics.clone());
     let upstream = Arc::clone(gateway.upstream());
     let workers = Workers::start(config.server.workers).map_err(StartError::Workers)?;
@@ -135,8 +135,8 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
         admin,
         tls,
         upstream,
-        auth,
         tokens,
+        auth,
         drain_delay,
         drain_timeout,
         addresses,
@@ -157,13 +157,14 @@ impl Running {
     }
 
     /// From now on reads the files of `[server.tls]`, `[upstream.tls]`, `[auth]` and `admin.token_file` again whenever
-    /// `reload` says so, and fetches what `auth.jwks_url` publishes. Open connections keep the certificates that they have.
+    /// `reload` says so, and fetches what `auth.jwks_url` publishes. Open connections keep what they have.
     pub fn reload_on(&self, mut reload: Signal) {
         let (tls, upstream) = (self.tls.clone(), Arc::clone(&self.upstream));
-        let (auth, tokens) = (self.auth.clone(), self.tokens.clone());
+        let (tokens, auth) = (self.tokens.clone(), self.auth.clone());
         tokio::spawn(async move {
             while reload.recv().await.is_some() {
-                let (tls, upstream, auth, tokens) = (tls.clone(), Arc::clone(&upstream), auth.clone(), tokens.clone());
+                let (tls, upstream) = (tls.clone(), Arc::clone(&upstream));
+                let (tokens, auth) = (tokens.clone(), auth.clone());
                 let read = move || {
                     if let Some(tls) = &tls {
                         tls.reload();

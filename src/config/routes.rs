@@ -5,7 +5,7 @@ use super::reader::{At, Errors, Node, Section, Value, boolean, choice, count, du
 use super::sections::COUNT_MAX;
 use crate::gateway::route::Pattern;
 use crate::gateway::scope::{Part, is_credential};
-use crate::gateway::{MissingKey, OnStoreError, ReplayAuth, RouteOptions};
+use crate::gateway::{MissingKey, Mode, OnStoreError, ReplayAuth, RouteOptions};
 use crate::idempotency::outcome::OutcomeLists;
 use crate::idempotency::{Concurrent, FingerprintMode, FingerprintSettings, OutcomeTable, Policy, UnknownOutcome};
 use http::HeaderName;
@@ -20,6 +20,7 @@ const GENERAL_OUTCOMES: &str = "[idempotency.outcomes] ";
 /// Values that were written, each with its place.
 #[derive(Clone, Default)]
 struct Written {
+    mode: Option<(Mode, At)>,
     header: Option<(HeaderName, At)>,
     missing_key: Option<(MissingKey, At)>,
     scope: Option<(Vec<Part>, At)>,
@@ -62,10 +63,7 @@ fn written(section: &mut Section<'_>) -> Written {
             }
         };
     }
-    section.read("mode", |value| match choice(&[("enforce", true), ("observe", false)])(value)? {
-        true => Ok(()),
-        false => Err("\"observe\" is not built yet in this version; use \"enforce\"".to_owned()),
-    });
+    key!(mode, choice(&[("enforce", Mode::Enforce), ("observe", Mode::Observe)]));
     key!(header, key_header);
     let missing = [("pass", MissingKey::Pass), ("reject", MissingKey::Reject), ("derive", MissingKey::Derive)];
     key!(missing_key, choice(&missing));
@@ -301,6 +299,7 @@ fn route(
     let options = RouteOptions {
         pattern,
         case_sensitive,
+        mode: merged.get(|w| &w.mode).unwrap_or(Mode::Enforce),
         header: merged.get(|w| &w.header).unwrap_or(HeaderName::from_static("idempotency-key")),
         missing_key: merged.get(|w| &w.missing_key).unwrap_or(MissingKey::Pass),
         scope: merged.get(|w| &w.scope).unwrap_or_else(|| vec![Part::Authorization, Part::Path]),

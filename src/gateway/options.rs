@@ -24,6 +24,13 @@ pub struct Options {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    Enforce,
+    /// Change nothing, but count and log what would have been done.
+    Observe,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MissingKey {
     Pass,
     Reject,
@@ -50,6 +57,7 @@ pub enum ReplayAuth {
 pub struct RouteOptions {
     pub pattern: route::Pattern,
     pub case_sensitive: bool,
+    pub mode: Mode,
     /// The header that bears the key.
     pub header: HeaderName,
     pub missing_key: MissingKey,

@@ -56,7 +56,7 @@ impl Code {
             Self::StoreUnavailable => ("store_unavailable", S::SERVICE_UNAVAILABLE, "Store unavailable"),
             Self::Overloaded => ("overloaded", S::SERVICE_UNAVAILABLE, "Overloaded"),
             Self::Draining => ("draining", S::SERVICE_UNAVAILABLE, "Draining"),
-            Self::ProbeFailed => ("probe_failed", S::SERVICE_UNAVAILABLE, "The right to the answer is not known"),
+            Self::ProbeFailed => ("probe_failed", S::SERVICE_UNAVAILABLE, "The caller could not be checked"),
         }
     }
 

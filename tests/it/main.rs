@@ -26,6 +26,7 @@ mod jwt_keys;
 mod key;
 mod library_answers;
 mod limits;
+mod observe;
 mod outcomes;
 mod pass;
 mod pool;
