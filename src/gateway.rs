@@ -5,11 +5,15 @@ pub mod client_cert;
 mod forward;
 pub mod headers;
 pub mod identity;
+pub mod jwt;
 pub mod key;
+pub mod lookup;
 mod options;
 mod pass;
 pub mod path;
+pub mod probe;
 pub mod problem;
+pub mod question;
 pub mod reply;
 pub mod route;
 pub mod scope;
@@ -17,8 +21,8 @@ pub mod tunnel;
 pub mod upstream;
 
 use crate::idempotency::fingerprint::Payload;
-use crate::idempotency::{Millis, Origin};
-use crate::ledger::{Answer, Arrival, Arrived, Budget, Held, Ledger, Settlement};
+use crate::idempotency::{Fingerprint, Millis, Origin};
+use crate::ledger::{Answer, Arrival, Arrived, Budget, ClaimResult, Held, Inquiry, Ledger, Settlement};
 use crate::store::{AnyStore, StoreError};
 use crate::telemetry::{Metrics, Outcome, RouteMetrics};
 use bytes::Bytes;
@@ -32,6 +36,7 @@ use hyper::body::Incoming;
 use key::Key;
 pub use options::{MissingKey, OnStoreError, Options, ReplayAuth, RouteOptions};
 use path::{NormalPath, Params, Readings};
+use probe::{Caller, Probes};
 use problem::{Code, Problem};
 use reply::ReplyBody;
 use scope::Secret;
@@ -60,6 +65,8 @@ pub struct Peer {
 /// A response that waiters with the same credentials may share when nothing was executed.
 pub(crate) type Unrecorded = Arc<forward::Unrecorded>;
 pub(crate) type GatewayLedger = Ledger<AnyStore, Unrecorded>;
+type GatewayInquiry = Inquiry<AnyStore, Unrecorded>;
+type SharedClaim = ClaimResult<AnyStore, Unrecorded>;
 
 /// The gateway: everything that the requests of one worker share, most of it with those of the others.
 #[derive(Clone)]
@@ -78,10 +85,13 @@ pub struct Gateway {
     /// Cancelled when the drain's time is over.
     give_up: CancellationToken,
     tunnels: Arc<Tunnels>,
+    probes: Arc<Probes>,
 }
 
 struct Route {
     options: RouteOptions,
+    /// [`crate::idempotency::FingerprintSettings::id`].
+    fingerprint_settings: u64,
     metrics: RouteMetrics,
 }
 
@@ -93,7 +103,7 @@ impl Gateway {
     pub(crate) fn new(options: Options, ledger: GatewayLedger, secret: Secret, metrics: Metrics) -> Arc<Self> {
         let route = |options: &RouteOptions| {
             let metrics = metrics.route(options.pattern.as_str());
-            Arc::new(Route { options: options.clone(), metrics })
+            Arc::new(Route { options: options.clone(), fingerprint_settings: options.fingerprint.id(), metrics })
         };
         Arc::new(Self {
             routes: options.routes.iter().map(route).collect(),
@@ -106,6 +116,7 @@ impl Gateway {
             claims: TaskTracker::new(),
             give_up: CancellationToken::new(),
             tunnels: Arc::default(),
+            probes: Arc::default(),
             options: Arc::new(options),
             metrics,
         })
@@ -183,18 +194,19 @@ impl Gateway {
         if key.is_none() && route.options.missing_key == MissingKey::Pass {
             return self.pass(request, peer, &route.metrics, chained).await;
         }
-        let intercepted = Intercepted { route, path, params, key, peer: peer.clone(), chained };
+        let (parts, body) = request.into_parts();
+        let intercepted = Box::new(Intercepted { parts, route, path, params, key, peer: peer.clone(), chained });
         // What this takes is not part of every request that passes through.
-        Box::pin(self.intercept(request, intercepted)).await
+        Box::pin(self.intercept(intercepted, body)).await
     }
 
     /// The route that a normalised path belongs to: the first that matches, in the order of the configuration.
     fn route(&self, path: NormalPath) -> Option<(&Arc<Route>, NormalPath, Params)> {
-        self.routes.iter().find_map(|route| {
+        let (route, params) = self.routes.iter().find_map(|route| {
             let params = path::matches(&route.options.pattern, route.options.case_sensitive, &path)?;
-            let path = path.clone();
-            Some((route, if route.options.case_sensitive { path } else { path.folded() }, params))
-        })
+            Some((route, params))
+        })?;
+        Some((route, if route.options.case_sensitive { path } else { path.folded() }, params))
     }
 
     /// A keyed POST whose path some upstreams would read as a route of ours must not slip past unprotected.
@@ -210,12 +222,12 @@ impl Gateway {
     }
 
     /// A POST on a route of ours that bears a key, or has to.
-    async fn intercept(self: &Arc<Self>, request: Request<Incoming>, intercepted: Intercepted) -> Response<ReplyBody> {
+    async fn intercept(self: &Arc<Self>, intercepted: Box<Intercepted>, body: Incoming) -> Response<ReplyBody> {
         let started = Instant::now();
         let route = Arc::clone(&intercepted.route);
         let chained = intercepted.chained;
         let mut record = None;
-        let (response, outcome) = match self.decide(request, intercepted, &mut record).await {
+        let (response, outcome) = match self.decide(intercepted, body, started, &mut record).await {
             Ok(counted) => counted,
             Err(problem) => {
                 let outcome = classify(problem.code);
@@ -237,22 +249,27 @@ impl Gateway {
     /// Key, scope, body, fingerprint; then whatever the record says.
     async fn decide(
         self: &Arc<Self>,
-        request: Request<Incoming>,
-        intercepted: Intercepted,
+        mut intercepted: Box<Intercepted>,
+        body: Incoming,
+        started: Instant,
         record: &mut Option<crate::store::RecordId>,
     ) -> Result<Counted, Problem> {
-        let options = &intercepted.route.options;
-        if intercepted.key.is_none() && options.missing_key == MissingKey::Reject {
+        let Intercepted { parts, route, path, params, key, peer, .. } = &mut *intercepted;
+        let options = &route.options;
+        if key.is_none() && options.missing_key == MissingKey::Reject {
             let detail = format!("This request needs the header {}, with a key of its own.", options.header);
             return Err(Problem::new(Code::KeyMissing, detail));
         }
-        let (mut parts, body) = request.into_parts();
-        let Intercepted { path, params, peer, .. } = &intercepted;
-        let asked = scope::Request { headers: &parts.headers, path, params, peer };
-        let (tenant, credentials) = scope::tenant(&self.secret, options, &asked)?;
-        let body = body::read(body, self.options.max_body, self.options.body_timeout, &self.budget).await?;
-        let fingerprint = fingerprint(options, &parts, path, &body.bytes);
-        let key = match intercepted.key.clone() {
+        let claims = match (scope::bearer(options, &parts.headers)?, &self.options.auth) {
+            // What this takes is not part of every request.
+            (Some(token), Some(auth)) => Some(Box::pin(auth.verify(token, self.ledger.now())).await?),
+            _ => None,
+        };
+        let asked = scope::Request { headers: &parts.headers, path, params, peer, claims: claims.as_deref() };
+        let tenant = scope::tenant(&self.secret, options, &asked)?;
+        let body = body::read(body, self.options.max_body, started + self.options.body_timeout, &self.budget).await?;
+        let fingerprint = fingerprint(route, parts, path, &body.bytes);
+        let key = match key.take() {
             Some(key) => key,
             None => {
                 let key = derived(&tenant.derive_key(&fingerprint.digest))?;
@@ -262,13 +279,18 @@ impl Gateway {
         };
         let id = tenant.record_id(&key.decoded);
         *record = Some(id);
-        if let Some(answer) = self.ledger.answer_from_cache(id, &options.policy, fingerprint) {
+        let answer = self.ledger.answer_from_cache(id, &options.policy, fingerprint);
+        if let Some(answer) = &answer
+            && options.probe.is_none()
+        {
             return self.answer(answer, false);
         }
+        let asked = scope::Request { headers: &parts.headers, path, params, peer, claims: None };
+        let credentials = scope::credentials(&self.secret, options, &asked);
         let arrival = Arrival {
             id,
             origin: Origin {
-                key: key.decoded.clone(),
+                key: key.decoded,
                 key_header: Bytes::copy_from_slice(key.header.as_bytes()),
                 path: Bytes::from(path.display()),
                 route: Bytes::copy_from_slice(options.pattern.as_str().as_bytes()),
@@ -280,38 +302,44 @@ impl Gateway {
             policy: options.policy,
             max_waiters: options.max_waiters_per_key,
         };
+        let caller = self.caller(&intercepted, credentials);
         // What this takes is not part of every replay.
-        Box::pin(self.settle_on(arrival, parts, body, &intercepted)).await
+        Box::pin(async move {
+            match answer {
+                Some(answer) => self.show(answer, false, caller.as_deref()).await,
+                None => self.settle_on(arrival, body, intercepted, caller.as_deref()).await,
+            }
+        })
+        .await
     }
 
     /// Replays, waits, refuses or claims, until there is an answer.
     async fn settle_on(
         self: &Arc<Self>,
         arrival: Arrival,
-        parts: Parts,
         mut body: Held,
-        intercepted: &Intercepted,
+        intercepted: Box<Intercepted>,
+        caller: Option<&Caller>,
     ) -> Result<Counted, Problem> {
-        let options = &intercepted.route.options;
-        let deadline = Instant::now() + options.wait_timeout;
+        let deadline = Instant::now() + intercepted.route.options.wait_timeout;
         let mut waited = false;
         loop {
             let waiting = match self.ledger.arrive(&arrival, &mut body) {
-                Arrived::Answer(answer) => return self.answer(answer, waited),
+                Arrived::Answer(answer) => return self.show(answer, waited, caller).await,
                 Arrived::Lead(lead) => {
                     let Ok(permit) = Arc::clone(&self.in_flight).try_acquire_owned() else {
                         drop(lead);
                         return match self.ledger.look_up(&arrival).await {
-                            Ok(Some(answer)) => self.answer(answer, waited),
+                            Ok(Some(answer)) => self.show(answer, waited, caller).await,
                             Ok(None) => Err(Problem::overloaded()),
                             Err(error) => Err(unavailable(&error)),
                         };
                     };
-                    let forward = self.forward(parts, body, intercepted, permit);
+                    let forward = self.forward(*intercepted, body, permit);
                     return match forward.start(lead).await {
                         TaskAnswer::Respond(response, outcome) => Ok((response, outcome)),
                         TaskAnswer::Problem(problem) => Err(problem),
-                        TaskAnswer::Record(answer) => self.answer(answer, waited),
+                        TaskAnswer::Record(answer) => self.show(answer, waited, caller).await,
                     };
                 }
                 Arrived::Wait(waiting) => waiting,
@@ -324,29 +352,43 @@ impl Gateway {
                 Err(still) => return Err(Problem::in_progress(still.late)),
                 Ok(Settlement::Recorded(record)) => {
                     if let Some(answer) = self.ledger.answer_from(&arrival, &record) {
-                        return self.answer(answer, waited);
+                        return self.show(answer, waited, caller).await;
                     }
                 }
                 Ok(Settlement::NotExecuted { response, credentials }) if credentials == arrival.credentials => {
                     return response.respond(Outcome::waited);
                 }
-                Ok(Settlement::NotExecuted { .. } | Settlement::Again) => {}
+                Ok(Settlement::Undecided { answer, credentials }) if credentials == arrival.credentials => {
+                    return self.answer(&answer, waited);
+                }
+                Ok(Settlement::NotExecuted { .. } | Settlement::Undecided { .. } | Settlement::Again) => {}
             }
         }
     }
 
-    fn answer(&self, answer: Answer, waited: bool) -> Result<Counted, Problem> {
+    /// Answers, once it is known that the caller may see what the record holds.
+    async fn show(&self, answer: Answer, waited: bool, caller: Option<&Caller>) -> Result<Counted, Problem> {
+        if let Some(caller) = caller
+            && matches!(answer, Answer::Replay(_) | Answer::BodyNotRecorded { .. })
+            && let Some(refusal) = self.probe(caller).await?
+        {
+            return refusal.respond(Outcome::rejected);
+        }
+        self.answer(&answer, waited)
+    }
+
+    fn answer(&self, answer: &Answer, waited: bool) -> Result<Counted, Problem> {
         match answer {
-            Answer::Replay(record) => match reply::replay(&record, self.ledger.now()) {
+            Answer::Replay(record) => match reply::replay(record, self.ledger.now()) {
                 Some(response) => Ok((response, if waited { Outcome::waited } else { Outcome::replayed })),
                 // It was executed, that much is sure; a record like this cannot be written by this program.
                 None => Err(Problem::body_not_recorded(0, None)),
             },
             Answer::KeyReused => Err(Problem::key_reused()),
-            Answer::InProgress { late } => Err(Problem::in_progress(late)),
+            Answer::InProgress { late } => Err(Problem::in_progress(*late)),
             Answer::OutcomeUnknown => Err(Problem::outcome_unknown()),
             Answer::BodyNotRecorded { status, location } => {
-                Err(Problem::body_not_recorded(status, location.as_deref()))
+                Err(Problem::body_not_recorded(*status, location.as_deref()))
             }
         }
     }
@@ -354,9 +396,11 @@ impl Gateway {
 
 /// A request on its way through the pipeline.
 struct Intercepted {
+    parts: Parts,
     route: Arc<Route>,
     path: NormalPath,
     params: Params,
+    /// Taken once the record's id is known.
     key: Option<Key>,
     peer: Peer,
     chained: bool,
@@ -367,17 +411,13 @@ fn derived(key: &str) -> Result<Key, Problem> {
     Ok(Key { decoded: Bytes::copy_from_slice(key.as_bytes()), header })
 }
 
-fn fingerprint(
-    options: &RouteOptions,
-    parts: &Parts,
-    path: &NormalPath,
-    body: &[u8],
-) -> crate::idempotency::Fingerprint {
+fn fingerprint(route: &Route, parts: &Parts, path: &NormalPath, body: &[u8]) -> Fingerprint {
+    let options = &route.options;
     let lines =
         |name: &HeaderName| parts.headers.get_all(name).into_iter().map(HeaderValue::as_bytes).collect::<Vec<_>>();
     let named = |name: &String| HeaderName::try_from(name.as_str()).map(|name| lines(&name)).unwrap_or_default();
     let headers = options.fingerprint.headers.iter().map(named).collect::<Vec<_>>();
-    options.fingerprint.fingerprint(&Payload {
+    let digest = options.fingerprint.digest(&Payload {
         method: parts.method.as_str(),
         path: &path.segments,
         query: parts.uri.query().map(str::as_bytes),
@@ -385,7 +425,8 @@ fn fingerprint(
         content_encoding: &lines(&CONTENT_ENCODING),
         headers: &headers,
         body,
-    })
+    });
+    Fingerprint { settings: route.fingerprint_settings, digest }
 }
 
 fn unavailable(error: &StoreError) -> Problem {
@@ -404,10 +445,12 @@ fn classify(code: Code) -> Outcome {
         | Code::UpstreamTimeout
         | Code::StoreUnavailable
         | Code::Overloaded
+        | Code::ProbeFailed
         | Code::Draining => Outcome::failed,
         Code::KeyMissing
         | Code::KeyInvalid
         | Code::ScopeMissing
+        | Code::TokenInvalid
         | Code::PathAmbiguous
         | Code::BadRequest
         | Code::TargetTooLong
@@ -451,6 +494,8 @@ mod test_support {
                 .to_vec(),
             trusted_headers: Vec::new(),
             replay_auth: ReplayAuth::Scope,
+            lookup: None,
+            probe: None,
         }
     }
 }

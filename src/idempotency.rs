@@ -11,5 +11,6 @@ pub use fingerprint::{FingerprintMode, FingerprintSettings};
 pub use outcome::OutcomeTable;
 pub use record::{ClaimToken, Fingerprint, Millis, Origin, Record, Recorded, Response, State, Why};
 pub use step::{
-    Concurrent, Decision, Event, Evidence, Outcome, Policy, RejectReason, Resolution, Step, UnknownOutcome, Write, step,
+    Concurrent, Decision, Event, Evidence, Outcome, Policy, RejectReason, Resolution, Step, UnknownOutcome, Verdict,
+    Write, step,
 };

@@ -4,19 +4,23 @@
 
 mod budget;
 mod hot_cache;
+mod lead;
 mod listing;
 mod operator;
+mod remembered;
 mod slots;
 
 pub use budget::{Budget, Held, Reservation};
+pub use lead::{Inquiry, Lead};
 pub use listing::Listed;
 pub use operator::{Act, Acted, Refusal, Shown};
+pub use remembered::Remembered;
 pub use slots::{Credentials, Settlement, StillInProgress, Waiting};
 
 use crate::clock::Clock;
 use crate::idempotency::{
-    ClaimToken, Decision, Event, Fingerprint, Millis, Origin, Outcome, Policy, Record, RejectReason, State, Why, Write,
-    codec, step,
+    ClaimToken, Concurrent, Decision, Event, Fingerprint, Millis, Origin, Outcome, Policy, Record, RejectReason, State,
+    Why, Write, codec, step,
 };
 use crate::store::{Entry, RecordId, Status, Store, StoreError, Swap, Tag, Urgency, Value, Version};
 use crate::telemetry::Metrics;
@@ -66,7 +70,7 @@ pub enum Arrived<S, R: Clone + Send + Sync + 'static> {
 /// An answer that needs no upstream.
 #[derive(Clone, Debug)]
 pub enum Answer {
-    Replay(Arc<Record>),
+    Replay(Arc<Remembered>),
     KeyReused,
     /// `late`: the first caller has got its 504 already.
     InProgress {
@@ -82,6 +86,8 @@ pub enum Answer {
 /// What became of an attempt to claim.
 pub enum ClaimResult<S: Store, R: Clone + Send + Sync + 'static> {
     Claimed(Claim<S, R>),
+    /// Nobody knows what became of it: ask the upstream.
+    LookUp(Inquiry<S, R>),
     Answer(Answer),
 }
 
@@ -183,6 +189,10 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
             return Arrived::Answer(answer);
         }
         slot.share_body(body);
+        let asked = claimed.as_ref().is_some_and(|record| matches!(record.state, State::Unknown { .. }));
+        if asked && arrival.policy.concurrent == Concurrent::Conflict {
+            return Arrived::Answer(Answer::InProgress { late: slot.is_late() });
+        }
         match slot.join(arrival.max_waiters, claimed.is_none()) {
             Some(waiting) => Arrived::Wait(waiting),
             None => Arrived::Answer(Answer::InProgress { late: slot.is_late() }),
@@ -191,7 +201,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
 
     /// The answer that a record gives to an arrival; `None`: it says to wait or to claim.
     #[must_use]
-    pub fn answer_from(&self, arrival: &Arrival, record: &Arc<Record>) -> Option<Answer> {
+    pub fn answer_from(&self, arrival: &Arrival, record: &Arc<Remembered>) -> Option<Answer> {
         judge(&arrival.policy, arrival.fingerprint, self.0.clock.now(), record, false)
     }
 
@@ -203,7 +213,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
         match self.0.store.get(arrival.id).await {
             Ok(None) => Ok(None),
             Ok(Some(entry)) => match decode(arrival.id, entry) {
-                Some((_, record)) => Ok(self.answer_from(arrival, &Arc::new(record))),
+                Some((_, record)) => Ok(self.answer_from(arrival, &Remembered::new(record))),
                 None => Ok(Some(Answer::OutcomeUnknown)),
             },
             Err(StoreError::Damaged { id, detail }) => Ok(Some(damaged(id, &detail))),
@@ -263,13 +273,19 @@ impl<S: Store, R> Shared<S, R> {
 }
 
 /// What a record that was read means for an arrival; `None`: wait for it, or claim the key.
-fn judge(policy: &Policy, fingerprint: Fingerprint, now: Millis, record: &Arc<Record>, late: bool) -> Option<Answer> {
+fn judge(
+    policy: &Policy,
+    fingerprint: Fingerprint,
+    now: Millis,
+    record: &Arc<Remembered>,
+    late: bool,
+) -> Option<Answer> {
     // Origin and token are not used: nothing of this step is written.
     let event = Event::Arrive { origin: Origin::default(), fingerprint, token: ClaimToken([0; 16]) };
     answer(step(policy, now, Some(record), &event).decision, record, late)
 }
 
-fn answer(decision: Decision, record: &Arc<Record>, late: bool) -> Option<Answer> {
+fn answer(decision: Decision, record: &Arc<Remembered>, late: bool) -> Option<Answer> {
     match decision {
         Decision::Replay => Some(Answer::Replay(Arc::clone(record))),
         Decision::Reject(RejectReason::KeyReused) => Some(Answer::KeyReused),
@@ -279,6 +295,7 @@ fn answer(decision: Decision, record: &Arc<Record>, late: bool) -> Option<Answer
             Some(Answer::BodyNotRecorded { status, location })
         }
         Decision::Forward { .. }
+        | Decision::Lookup
         | Decision::Wait { .. }
         | Decision::Renewed
         | Decision::Settled
@@ -286,53 +303,6 @@ fn answer(decision: Decision, record: &Arc<Record>, late: bool) -> Option<Answer
         | Decision::NotFound
         | Decision::InFlight
         | Decision::NotUnknown => None,
-    }
-}
-
-fn arrive_event(arrival: &Arrival, token: ClaimToken) -> Event {
-    Event::Arrive { origin: arrival.origin.clone(), fingerprint: arrival.fingerprint, token }
-}
-
-/// The right, and the duty, to claim a key that nobody here works on. Duplicates wait from now on; they look again if
-/// this is dropped.
-pub struct Lead<S, R: Clone> {
-    shared: Arc<Shared<S, R>>,
-    arrival: Arrival,
-    owner: SlotOwner<R>,
-}
-
-impl<S: Store, R: Clone + Send + Sync + 'static> Lead<S, R> {
-    /// Claims the key in the store, or says what the store answers instead.
-    ///
-    /// # Errors
-    /// The store's; nothing may be forwarded then.
-    pub async fn claim(self) -> Result<ClaimResult<S, R>, StoreError> {
-        let Self { shared, arrival, owner } = self;
-        let started = Instant::now();
-        let token = new_token();
-        let event = arrive_event(&arrival, token);
-        let (decision, stored) = match shared.apply(arrival.id, &arrival.policy, None, &event).await {
-            Err(StoreError::Damaged { id, detail }) => return Ok(ClaimResult::Answer(damaged(id, &detail))),
-            applied => applied?,
-        };
-        let Some((version, record)) = stored else {
-            // An arrival never removes a record; should it, nothing was claimed.
-            return Ok(ClaimResult::Answer(Answer::InProgress { late: false }));
-        };
-        let record = Arc::new(record);
-        if let Decision::Forward { resend } = decision {
-            shared.metrics.claim_seconds.observe(started.elapsed());
-            owner.slot().set_claimed(Arc::clone(&record));
-            let held = HeldClaim { shared, arrival, owner, version, record };
-            return Ok(ClaimResult::Claimed(Claim { held: Some(Box::new(held)), resend }));
-        }
-        shared.hot.put(arrival.id, Arc::clone(&record), shared.clock.now());
-        // A claim in the store without a slot here is one whose outcome could not be written: nobody is at it.
-        let answer = answer(decision, &record, false).unwrap_or(Answer::InProgress { late: false });
-        if matches!(answer, Answer::Replay(_) | Answer::BodyNotRecorded { .. }) {
-            owner.settle(Settlement::Recorded(record));
-        }
-        Ok(ClaimResult::Answer(answer))
     }
 }
 
@@ -348,7 +318,7 @@ struct HeldClaim<S, R: Clone> {
     arrival: Arrival,
     owner: SlotOwner<R>,
     version: Version,
-    record: Arc<Record>,
+    record: Arc<Remembered>,
 }
 
 impl<S: Store, R: Clone + Send + Sync + 'static> Claim<S, R> {
@@ -415,7 +385,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> HeldClaim<S, R> {
         let Self { shared, arrival, owner, .. } = *self;
         match settled {
             (Decision::Settled, Some((_, record))) if matches!(record.state, State::Completed { .. }) => {
-                let record = Arc::new(record);
+                let record = Remembered::new(record);
                 shared.hot.put(arrival.id, Arc::clone(&record), shared.clock.now());
                 owner.settle(Settlement::Recorded(record));
             }

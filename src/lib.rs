@@ -11,6 +11,7 @@
 //! gateway     check → route → no: pass through, streaming          gateway.rs, gateway/{headers,path,route,pass}.rs
 //!                     Upgrade → 101: a tunnel                      gateway/tunnel.rs
 //!             key → scope → body (capped) → fingerprint            gateway/{key,scope,body}.rs, idempotency/fingerprint.rs
+//!                   jwt: part → a token is verified                gateway/jwt.rs, gateway/jwt/*
 //! ledger      hot cache? replay. In flight here? wait.             ledger.rs, ledger/{hot_cache,slots}.rs
 //!             claim in the store: durable before a byte is sent    store.rs, store/*
 //! gateway     forward in a task of its own, settle, reply          gateway/{forward,upstream,reply,problem}.rs, gateway/upstream/*
@@ -24,7 +25,7 @@
 //! - [`ledger`]: the shell of the core: step → compare-and-swap → act, once the write has landed. Slots for keys in flight,
 //!   waiters, the hot cache of completed records, the budget of buffered bytes.
 //! - [`gateway`]: the request pipeline; what the gateway itself answers; the way to the upstream, with an HTTP/1.1 client that
-//!   knows whether a byte of a request was written.
+//!   knows whether a byte of a request was written; bearer tokens verified for `jwt:` scopes, and where the keys come from.
 //! - [`server`]: listeners, TLS, connections, their limits, the drain.
 //! - [`admin`], [`telemetry`]: liveness, readiness, metrics, logs; records in operators' hands (`admin/records.rs` →
 //!   `ledger/operator.rs`).

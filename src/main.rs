@@ -1,4 +1,6 @@
-//! The command line: `serve` (the default), `check`, `key`.
+//! The command line: `serve` (the default), `check`, `key`, `records`.
+
+mod command;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
@@ -28,6 +30,8 @@ enum Command {
     Check(Check),
     /// Print a deterministic key made of its parts, or of a JSON payload
     Key(Key),
+    /// Look at the records of a running gateway, and settle them by hand
+    Records(command::Records),
 }
 
 #[derive(Args)]
@@ -90,6 +94,7 @@ fn main() -> ExitCode {
         Command::Serve(options) => run_gateway(options),
         Command::Check(options) => check(&options),
         Command::Key(Key { source }) => key(&source),
+        Command::Records(records) => command::run(records),
     }
 }
 
@@ -159,7 +164,7 @@ fn serve(config: Config, accept_new_identity: bool) -> anyhow::Result<()> {
 fn key(source: &KeySource) -> ExitCode {
     let digest = match &source.json {
         None => run::key_of_parts(&source.parts),
-        Some(path) => match payload(path) {
+        Some(path) => match read_or_stdin(path) {
             Ok(payload) => FingerprintSettings::default().json_digest(&payload),
             Err(error) => {
                 complain(&format!("{error:#}"));
@@ -180,11 +185,12 @@ fn key(source: &KeySource) -> ExitCode {
     }
 }
 
-fn payload(path: &Path) -> anyhow::Result<Vec<u8>> {
+/// `-` is standard input.
+fn read_or_stdin(path: &Path) -> anyhow::Result<Vec<u8>> {
     if path.as_os_str() != "-" {
         return std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     }
-    let mut payload = Vec::new();
-    std::io::stdin().read_to_end(&mut payload).context("cannot read standard input")?;
-    Ok(payload)
+    let mut bytes = Vec::new();
+    std::io::stdin().read_to_end(&mut bytes).context("cannot read standard input")?;
+    Ok(bytes)
 }

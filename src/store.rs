@@ -10,6 +10,7 @@ pub use embedded::OpenError;
 
 use bytes::Bytes;
 use std::future::Future;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::time::Duration;
 
 /// The name of an entry: a keyed hash of tenant and key.
@@ -27,6 +28,30 @@ impl std::fmt::Debug for RecordId {
         std::fmt::Display::fmt(self, f)
     }
 }
+
+/// Ids are keyed hashes already: eight of their bytes are as good a hash as any, and nobody can choose them.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for piece in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word.iter_mut().zip(piece).for_each(|(to, from)| *to = *from);
+            self.0 = self.0.rotate_left(29) ^ u64::from_le_bytes(word);
+        }
+    }
+
+    fn write_usize(&mut self, _len: usize) {}
+
+    fn finish(&self) -> u64 {
+        // The table takes its bits from both ends.
+        self.0.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    }
+}
+
+/// For maps and caches by id.
+pub(crate) type HashOfIds = BuildHasherDefault<IdHasher>;
 
 /// Names one write of one entry. Versions of a store never repeat, not even after a removal or a restart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -78,6 +78,11 @@ struct StateLabel {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct VerdictLabel {
+    verdict: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct SettledLabel {
     outcome: &'static str,
 }
@@ -148,6 +153,8 @@ impl EncodeMetric for Durations {
 pub struct Metrics {
     requests: Family<RequestLabels, Counter>,
     settled: Family<SettledLabel, Counter>,
+    lookups: Family<VerdictLabel, Counter>,
+    probes: Family<VerdictLabel, Counter>,
     pub settled_final: Counter,
     pub settled_not_executed: Counter,
     pub settled_unknown: Counter,
@@ -180,6 +187,8 @@ impl Default for Metrics {
             settled_not_executed: by_outcome("not_executed"),
             settled_unknown: by_outcome("unknown"),
             settled,
+            lookups: Family::default(),
+            probes: Family::default(),
             settle_failures: Counter::default(),
             upstream_seconds: Durations::default(),
             claim_seconds: Durations::default(),
@@ -210,12 +219,28 @@ impl Metrics {
         }))
     }
 
+    /// The upstream was asked what became of a request.
+    pub fn lookup(&self, verdict: &'static str) {
+        self.lookups.get_or_create(&VerdictLabel { verdict }).inc();
+    }
+
+    /// The upstream was asked whether a caller may see an answer.
+    pub fn probe(&self, verdict: &'static str) {
+        self.probes.get_or_create(&VerdictLabel { verdict }).inc();
+    }
+
     /// Registers everything under its public name.
     #[must_use]
     pub fn registry(&self, gauges: impl Fn() -> Reading + Send + Sync + 'static) -> Registry {
         let mut registry = Registry::with_prefix("oncegate");
         registry.register("requests", "Requests by route and result", self.requests.clone());
         registry.register("settled", "Claims settled, by outcome", self.settled.clone());
+        registry.register(
+            "lookups",
+            "Questions what became of a request, by the upstream's word",
+            self.lookups.clone(),
+        );
+        registry.register("probes", "Questions whether a caller may see an answer, by verdict", self.probes.clone());
         registry.register("settle_failures", "Outcomes that could not be recorded", self.settle_failures.clone());
         for (name, help, histogram) in [
             ("upstream", "Upstream response time", &self.upstream_seconds),

@@ -26,6 +26,8 @@ const IMPORTS: &[(&str, &[&str])] = &[
         ],
     ),
     ("main", &["config", "idempotency", "run", "telemetry"]),
+    // The command `records`, a part of `main`.
+    ("command", &["config", "server"]),
     // Wires all of them together.
     ("run", &["admin", "clock", "config", "gateway", "idempotency", "ledger", "server", "store", "telemetry"]),
     ("fault", &[]),

@@ -48,6 +48,12 @@ impl TokenFile {
         Ok(Self { path, tokens })
     }
 
+    /// Where it lies.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Reads the file again: from now on its tokens count, and no others. What is wrong with it is logged, and changes
     /// nothing.
     pub fn reload(&self) {

@@ -1,5 +1,6 @@
 //! `[[routes]]` and `[idempotency]`: any key of the latter may stand in the former, and beats it there.
 
+use super::questions::{self, Questions};
 use super::reader::{At, Errors, Node, Section, Value, boolean, choice, count, duration, size, string};
 use super::sections::COUNT_MAX;
 use crate::gateway::route::Pattern;
@@ -37,6 +38,7 @@ struct Written {
     credential_headers: Option<(Vec<HeaderName>, At)>,
     trusted_headers: Option<(Vec<HeaderName>, At)>,
     replay_auth: Option<(ReplayAuth, At)>,
+    questions: Questions,
     outcomes: OutcomeLists,
     outcomes_at: Option<At>,
     /// Where each list of outcomes was written, by its name.
@@ -90,8 +92,7 @@ fn written(section: &mut Section<'_>) -> Written {
         section.add(&at, "scope", &message);
         written.wrong.push("scope");
     }
-    section.not_built("lookup");
-    section.not_built("probe");
+    written.questions = questions::written(section);
     let name = section.key("outcomes");
     if let Some(node) = section.take("outcomes") {
         written.outcomes_at = Some(node.at.clone());
@@ -134,15 +135,13 @@ fn key_header(value: &Value) -> Result<HeaderName, String> {
 }
 
 fn unknown_outcome(value: &Value) -> Result<UnknownOutcome, String> {
-    let words = [("hold", Some(UnknownOutcome::Hold)), ("forward", Some(UnknownOutcome::Forward)), ("lookup", None)];
-    let not_built = || "\"lookup\" is not built yet in this version; use \"hold\" or \"forward\"".to_owned();
-    choice(&words)(value)?.ok_or_else(not_built)
+    // Its age is known once the upstream's time limits are.
+    let lookup = UnknownOutcome::Lookup { min_age_ms: u64::MAX };
+    choice(&[("hold", UnknownOutcome::Hold), ("forward", UnknownOutcome::Forward), ("lookup", lookup)])(value)
 }
 
 fn replay_auth(value: &Value) -> Result<ReplayAuth, String> {
-    let words = [("scope", Some(ReplayAuth::Scope)), ("none", Some(ReplayAuth::None)), ("probe", None)];
-    let not_built = || "\"probe\" is not built yet in this version; use \"scope\"".to_owned();
-    choice(&words)(value)?.ok_or_else(not_built)
+    choice(&[("scope", ReplayAuth::Scope), ("probe", ReplayAuth::Probe), ("none", ReplayAuth::None)])(value)
 }
 
 fn header_name(value: &Value) -> Result<HeaderName, String> {
@@ -172,7 +171,7 @@ fn part(value: &Value) -> Result<Part, String> {
         // A cookie's name is a token (RFC 6265 §4.1.1), as a header's: no request could bear another.
         Some(("cookie", name)) => HeaderName::try_from(name).is_ok().then(|| Part::Cookie(name.to_owned())),
         Some(("path", name)) => Some(Part::PathParam(name.to_owned())),
-        Some(("jwt", _)) => return Err("\"jwt:\" is not built yet in this version".to_owned()),
+        Some(("jwt", claim)) => Some(Part::Jwt(claim.to_owned())),
         // The same header, whichever way it is written.
         Some(("header", name)) => match HeaderName::try_from(name) {
             Ok(name) if name == http::header::AUTHORIZATION => Some(Part::Authorization),
@@ -182,23 +181,29 @@ fn part(value: &Value) -> Result<Part, String> {
         Some(_) => None,
     };
     part.ok_or_else(|| {
-        format!("{text:?} is no part of a scope; there are authorization, client-cert, cookie:NAME, header:NAME, host, path and path:NAME")
+        format!(
+            "{text:?} is no part of a scope; there are authorization, client-cert, cookie:NAME, header:NAME, host, \
+             jwt:CLAIM, path and path:NAME"
+        )
     })
 }
 
-/// What `[server]` does not have, and did not mean to have: neither written nor miswritten.
+/// What `[server]` and `[auth]` do not have, and did not mean to have: neither written nor miswritten.
 #[derive(Clone, Copy)]
 pub(super) struct Absent {
     pub(super) trusted_proxies: bool,
     /// Certificates that clients must show.
     pub(super) client_certs: bool,
+    /// Keys for tokens.
+    pub(super) token_keys: bool,
 }
 
-/// All routes, in order.
+/// All routes, in order. `upstream_wait`: how long the upstream may be at work on a request.
 pub(super) fn resolve(
     routes: Option<Node>,
     idempotency: Option<Node>,
     absent: Absent,
+    upstream_wait: Duration,
     errors: &mut Errors,
 ) -> Vec<RouteOptions> {
     let mut section = Section::new("idempotency", idempotency, errors);
@@ -219,7 +224,7 @@ pub(super) fn resolve(
     for (n, node) in nodes.into_iter().enumerate() {
         let at = node.at.clone();
         let name = format!("routes[{n}]");
-        let Some(route) = route(&name, node, &general, absent, errors) else { continue };
+        let Some(route) = route(&name, node, &general, absent, upstream_wait, errors) else { continue };
         let same = |other: &&RouteOptions| same_paths(other, &route);
         if let Some(other) = resolved.iter().find(same) {
             let message = format!("{} matches the same paths as {}", route.pattern.as_str(), other.pattern.as_str());
@@ -244,7 +249,14 @@ fn same_paths(one: &RouteOptions, other: &RouteOptions) -> bool {
     one.pattern.shape(fold) == other.pattern.shape(fold)
 }
 
-fn route(name: &str, node: Node, general: &Written, absent: Absent, errors: &mut Errors) -> Option<RouteOptions> {
+fn route(
+    name: &str,
+    node: Node,
+    general: &Written,
+    absent: Absent,
+    upstream_wait: Duration,
+    errors: &mut Errors,
+) -> Option<RouteOptions> {
     let at = node.at.clone();
     let mut section = Section::new(name, Some(node), errors);
     let has_path = section.at("path") != At::Nowhere || at == At::Nowhere;
@@ -269,6 +281,23 @@ fn route(name: &str, node: Node, general: &Written, absent: Absent, errors: &mut
     let names = |names: &[&'static str]| names.iter().map(|name| HeaderName::from_static(name)).collect::<Vec<_>>();
     let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     let fingerprint_headers = merged.get(|w| &w.fingerprint_headers).unwrap_or_default();
+    let ask = questions::Merged { own: &own.questions, general: &general.questions, name, pattern: &pattern };
+    let replay_auth = merged.get(|w| &w.replay_auth).unwrap_or(ReplayAuth::Scope);
+    let (at_auth, table) = merged.place(|w| &w.replay_auth);
+    let wanted = (&at_auth, &*format!("{table}.replay_auth"));
+    let probe = (replay_auth == ReplayAuth::Probe && !broken).then(|| ask.probe(wanted, errors)).flatten();
+    let mut unknown_outcome = merged.get(|w| &w.unknown_outcome).unwrap_or(UnknownOutcome::Hold);
+    let mut lookup = None;
+    if let UnknownOutcome::Lookup { min_age_ms } = &mut unknown_outcome
+        && !broken
+    {
+        let (at_outcome, table) = merged.place(|w| &w.unknown_outcome);
+        let wanted = (&at_outcome, &*format!("{table}.unknown_outcome"));
+        if let Some((options, min_age)) = ask.lookup(wanted, upstream_wait, errors) {
+            *min_age_ms = ms(min_age);
+            lookup = Some(options);
+        }
+    }
     let options = RouteOptions {
         pattern,
         case_sensitive,
@@ -284,7 +313,7 @@ fn route(name: &str, node: Node, general: &Written, absent: Absent, errors: &mut
             retention_ms: ms(merged.get(|w| &w.retention).unwrap_or(Duration::from_secs(86_400))),
             unknown_retention_ms: ms(merged.get(|w| &w.unknown_retention).unwrap_or(Duration::from_secs(604_800))),
             concurrent: merged.get(|w| &w.concurrent).unwrap_or(Concurrent::Wait),
-            unknown_outcome: merged.get(|w| &w.unknown_outcome).unwrap_or(UnknownOutcome::Hold),
+            unknown_outcome,
             lease_ms: None,
         },
         outcomes,
@@ -296,7 +325,9 @@ fn route(name: &str, node: Node, general: &Written, absent: Absent, errors: &mut
         drop_headers: merged.get(|w| &w.drop_headers).unwrap_or_else(|| names(&["set-cookie"])),
         credential_headers: merged.get(|w| &w.credential_headers).unwrap_or_else(|| names(&DEFAULT_CREDENTIAL_HEADERS)),
         trusted_headers: merged.get(|w| &w.trusted_headers).unwrap_or_default(),
-        replay_auth: merged.get(|w| &w.replay_auth).unwrap_or(ReplayAuth::Scope),
+        replay_auth,
+        lookup,
+        probe,
     };
     contradictions(&options, &merged, absent, broken, errors);
     (!broken).then_some(options)
@@ -359,7 +390,7 @@ fn contradictions(route: &RouteOptions, merged: &Merged<'_>, absent: Absent, no_
             "scope",
             "has no part that only the key's owner can send, so anyone could read anyone's answers; add \
              \"authorization\", a \"cookie:\" or a \"header:\" of credential_headers or trusted_headers, or write \
-             replay_auth = \"none\"",
+             replay_auth = \"probe\" or \"none\"",
         );
     }
     for part in &route.scope {
@@ -375,6 +406,12 @@ fn contradictions(route: &RouteOptions, merged: &Merged<'_>, absent: Absent, no_
         let message = "has \"client-cert\", which needs server.tls.client_ca and an address that is no Unix socket: \
                        without them no client shows a certificate";
         add(scope_at(), "scope", message);
+    }
+    if absent.token_keys
+        && let Some(part) = route.scope.iter().find(|part| matches!(part, Part::Jwt(_)))
+    {
+        let message = format!("has \"{part}\", which needs auth.jwks_file or auth.jwks_url: no token can be verified");
+        add(scope_at(), "scope", &message);
     }
     if !route.trusted_headers.is_empty() && absent.trusted_proxies {
         let message = "needs server.trusted_proxies: from anyone else these headers are refused";

@@ -9,14 +9,13 @@ use hyper::body::Incoming;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Duration;
 use tokio::time::Instant;
 
-/// Reads an intercepted request's body into memory: at most `max` bytes, within `timeout`, within the budget.
+/// Reads an intercepted request's body into memory: at most `max` bytes, until `deadline`, within the budget.
 ///
 /// # Errors
 /// [`Code::BodyTooLarge`], [`Code::RequestTimeout`], [`Code::Overloaded`]; [`Code::BadRequest`] if the client cut it off.
-pub(super) async fn read(mut body: Incoming, max: usize, timeout: Duration, budget: &Budget) -> Result<Held, Problem> {
+pub(super) async fn read(mut body: Incoming, max: usize, deadline: Instant, budget: &Budget) -> Result<Held, Problem> {
     let too_large = || {
         Problem::new(Code::BodyTooLarge, format!("The body has more than the {max} bytes that may be sent with a key."))
     };
@@ -24,7 +23,6 @@ pub(super) async fn read(mut body: Incoming, max: usize, timeout: Duration, budg
     if body.size_hint().lower() > max as u64 {
         return Err(too_large());
     }
-    let deadline = Instant::now() + timeout;
     let mut reservation = budget.reservation();
     let mut chunks: Vec<Bytes> = Vec::new();
     let mut len = 0_usize;

@@ -6,12 +6,15 @@ use super::pass::send_problem;
 use super::problem::Problem;
 use super::reply::{BodyError, ReplyBody, recordable, to_recorded};
 use super::upstream::{Incoming, SendError};
-use super::{Counted, Gateway, Intercepted, OnStoreError, Route, Unrecorded as SharedResponse, unavailable};
+use super::{
+    Counted, Gateway, Intercepted, NormalPath, OnStoreError, Params, Route, SharedClaim, Unrecorded as SharedResponse,
+    unavailable,
+};
 use crate::fault;
 use crate::idempotency::outcome::Class;
 use crate::idempotency::{Evidence, Outcome, Recorded, Why};
 use crate::ledger::{Answer, Claim, ClaimResult, Held, Lead, Reservation};
-use crate::store::AnyStore;
+use crate::store::{AnyStore, StoreError};
 use crate::telemetry::Outcome as Result_;
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, LOCATION, RETRY_AFTER, TRAILER};
@@ -55,9 +58,11 @@ impl Unrecorded {
 
 /// A request that is about to be claimed and forwarded.
 pub(super) struct Forward {
-    gateway: Arc<Gateway>,
-    route: Arc<Route>,
-    parts: Parts,
+    pub(super) gateway: Arc<Gateway>,
+    pub(super) route: Arc<Route>,
+    pub(super) parts: Parts,
+    /// What the request was sent to, on a route that looks up.
+    pub(super) asked: Option<(NormalPath, Params)>,
     /// Let go once the caller has got its 504: the request has been written by then.
     body: Option<Held>,
     _permit: OwnedSemaphorePermit,
@@ -67,20 +72,20 @@ pub(super) struct Forward {
 impl Gateway {
     pub(super) fn forward(
         self: &Arc<Self>,
-        mut parts: Parts,
+        intercepted: Intercepted,
         body: Held,
-        intercepted: &Intercepted,
         permit: OwnedSemaphorePermit,
     ) -> Box<Forward> {
-        headers::prepare_request(&mut parts.headers, parts.version, &intercepted.peer);
+        let Intercepted { mut parts, route, path, params, peer, .. } = intercepted;
+        headers::prepare_request(&mut parts.headers, parts.version, &peer);
         self.set_host(&mut parts.headers);
         parts.headers.insert(CONTENT_LENGTH, body.bytes.len().into());
         parts.headers.remove(TRAILER);
         parts.version = Version::HTTP_11;
         parts.extensions.clear();
-        let route = Arc::clone(&intercepted.route);
         let gateway = Arc::clone(self);
-        Box::new(Forward { gateway, route, parts, body: Some(body), _permit: permit, reply: None })
+        let asked = route.options.lookup.is_some().then_some((path, params));
+        Box::new(Forward { gateway, route, parts, asked, body: Some(body), _permit: permit, reply: None })
     }
 }
 
@@ -88,7 +93,7 @@ type Lead_ = Lead<AnyStore, SharedResponse>;
 type Claim_ = Claim<AnyStore, SharedResponse>;
 
 /// How an exchange with the upstream went.
-enum Exchange {
+pub(super) enum Exchange {
     Complete(response::Parts, Bytes),
     Large(Large),
     Failed(SendError),
@@ -97,8 +102,8 @@ enum Exchange {
 }
 
 /// A response that is too large to be recorded: its head, what has been read, and the rest.
-struct Large {
-    head: response::Parts,
+pub(super) struct Large {
+    pub(super) head: response::Parts,
     read: Vec<Bytes>,
     rest: Incoming,
 }
@@ -121,8 +126,14 @@ impl Forward {
     }
 
     async fn run(mut self: Box<Self>, lead: Lead_) {
-        let claim = match lead.claim().await {
+        let mut result: Result<SharedClaim, StoreError> = lead.claim().await;
+        if let Ok(ClaimResult::LookUp(inquiry)) = result {
+            result = Box::pin(self.look_up(inquiry)).await;
+        }
+        let claim = match result {
             Ok(ClaimResult::Claimed(claim)) => claim,
+            // One question for each arrival.
+            Ok(ClaimResult::LookUp(_)) => return self.tell(TaskAnswer::Problem(Problem::in_progress(false))),
             Ok(ClaimResult::Answer(answer)) => return self.tell(TaskAnswer::Record(answer)),
             Err(error) if self.route.options.on_store_error == OnStoreError::Pass => {
                 tracing::warn!(%error, "the store is unavailable; forwarding without a record, as on_store_error says");
@@ -287,13 +298,11 @@ impl Forward {
     /// What a complete response says. The upstream's own word comes first.
     fn classify(&self, head: &response::Parts, resend: bool) -> Verdict {
         let status = head.status.as_u16();
-        let mut words = head.headers.get_all(&IDEMPOTENCY_OUTCOME).iter();
-        let word = words.next().filter(|_| words.next().is_none());
-        match word.map(|word| word.as_bytes().trim_ascii()) {
-            Some(b"final") => return Verdict::Final,
-            Some(b"not-executed") => return Verdict::NotExecuted(Evidence::ThisKey),
-            Some(b"unknown") => return Verdict::Unknown(Why::Status(status)),
-            _ => {}
+        match outcome_word(head) {
+            Some(Class::Final) => return Verdict::Final,
+            Some(Class::NotExecuted) => return Verdict::NotExecuted(Evidence::ThisKey),
+            Some(Class::Unknown) => return Verdict::Unknown(Why::Status(status)),
+            None => {}
         }
         // After a re-send, 409 is the upstream's own "in progress".
         if resend && status == 409 {
@@ -327,6 +336,18 @@ impl Forward {
     }
 }
 
+/// The upstream's own word, if it gives one.
+pub(super) fn outcome_word(head: &response::Parts) -> Option<Class> {
+    let mut words = head.headers.get_all(&IDEMPOTENCY_OUTCOME).iter();
+    let word = words.next().filter(|_| words.next().is_none())?;
+    match word.as_bytes().trim_ascii() {
+        b"final" => Some(Class::Final),
+        b"not-executed" => Some(Class::NotExecuted),
+        b"unknown" => Some(Class::Unknown),
+        _ => None,
+    }
+}
+
 /// What a complete response means for the claim.
 enum Verdict {
     Final,
@@ -354,7 +375,11 @@ fn respond(head: &response::Parts, body: ReplyBody) -> Response<ReplyBody> {
 }
 
 /// Sends the request and reads the response, up to `limit` bytes of its body and as far as the budget goes.
-async fn exchange(gateway: &Gateway, request: Request<ForwardBody>, limit: usize) -> (Exchange, Reservation) {
+pub(super) async fn exchange(
+    gateway: &Gateway,
+    request: Request<ForwardBody>,
+    limit: usize,
+) -> (Exchange, Reservation) {
     let mut reservation = gateway.budget.reservation();
     let response = match gateway.upstream.send(request, None).await {
         Ok(sent) => sent,

@@ -1,9 +1,10 @@
 //! What the gateway is told by the configuration.
 
-use super::{route, scope, tunnel, upstream};
+use super::{jwt, lookup, probe, route, scope, tunnel, upstream};
 use crate::idempotency::{FingerprintSettings, OutcomeTable, Policy};
 use http::HeaderName;
 use ipnet::IpNet;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Everything the gateway needs to know that is not about connections.
@@ -18,6 +19,8 @@ pub struct Options {
     pub body_timeout: Duration,
     pub tunnels: tunnel::Limits,
     pub upstream: upstream::Options,
+    /// Where a scope has a `jwt:` part.
+    pub auth: Option<Arc<jwt::Auth>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +39,8 @@ pub enum OnStoreError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplayAuth {
     Scope,
+    /// Whom the upstream lets see it.
+    Probe,
     /// Whoever knows tenant and key gets the replay.
     None,
 }
@@ -60,4 +65,8 @@ pub struct RouteOptions {
     pub credential_headers: Vec<HeaderName>,
     pub trusted_headers: Vec<HeaderName>,
     pub replay_auth: ReplayAuth,
+    /// With [`crate::idempotency::UnknownOutcome::Lookup`].
+    pub lookup: Option<lookup::Options>,
+    /// With [`ReplayAuth::Probe`].
+    pub probe: Option<probe::Options>,
 }

@@ -2,7 +2,8 @@
 
 use super::headers::{CACHE_STATUS, IDEMPOTENCY_REPLAYED, strip_hop_by_hop};
 use super::upstream::Passing;
-use crate::idempotency::{Millis, Record, Recorded, Response as RecordedResponse, State};
+use crate::idempotency::{Millis, Recorded, Response as RecordedResponse, State};
+use crate::ledger::Remembered;
 use bytes::Bytes;
 use http::header::{AGE, CONTENT_LENGTH};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
@@ -90,31 +91,43 @@ pub fn to_recorded(status: StatusCode, headers: &HeaderMap, body: Bytes) -> Reco
 
 /// Answers from a completed record (RFC 9211 `Cache-Status`, RFC 9111 §4.2.3 `Age`). `None`: it holds no such response.
 #[must_use]
-pub fn replay(record: &Record, now: Millis) -> Option<Response<ReplyBody>> {
+pub fn replay(record: &Remembered, now: Millis) -> Option<Response<ReplyBody>> {
     let State::Completed { response: Recorded::Full(recorded), completed_at, expires_at } = &record.state else {
         return None;
     };
     let mut response = Response::new(ReplyBody::full(recorded.body.clone()));
     *response.status_mut() = StatusCode::from_u16(recorded.status).ok()?;
     let headers = response.headers_mut();
-    headers.reserve(recorded.headers.len() + 4);
-    for (name, value) in &recorded.headers {
+    headers.clone_from(record.fields(&recorded.headers, replayable)?);
+    let age_then = headers.get(AGE).and_then(|age| age.to_str().ok()?.trim().parse::<u64>().ok()).unwrap_or(0);
+    headers.insert(AGE, age_then.saturating_add(now.since(*completed_at) / 1000).into());
+    let ttl = HeaderValue::from(expires_at.since(now) / 1000);
+    let ours = [b"oncegate; hit; ttl=".as_slice(), ttl.as_bytes()].concat();
+    let ours = HeaderValue::from_maybe_shared(Bytes::from(ours)).ok()?;
+    // Ours is the last one.
+    *headers.iter_mut().filter(|(name, _)| *name == CACHE_STATUS).last()?.1 = ours;
+    Some(response)
+}
+
+/// A recorded response's fields as they are replayed, with room for what differs each time. `None`: one of them is none.
+fn replayable(lines: &[(Bytes, Bytes)]) -> Option<HeaderMap> {
+    let mut headers = HeaderMap::with_capacity(lines.len() + 3);
+    for (name, value) in lines {
         let name = HeaderName::from_bytes(name).ok()?;
         headers.append(name, HeaderValue::from_maybe_shared(value.clone()).ok()?);
     }
-    let age_then = headers.get(AGE).and_then(|age| age.to_str().ok()?.trim().parse::<u64>().ok()).unwrap_or(0);
-    headers.insert(AGE, age_then.saturating_add(now.since(*completed_at) / 1000).into());
     headers.insert(&IDEMPOTENCY_REPLAYED, HeaderValue::from_static("true"));
-    let ttl = HeaderValue::from(expires_at.since(now) / 1000);
-    let status = [b"oncegate; hit; ttl=".as_slice(), ttl.as_bytes()].concat();
-    headers.append(&CACHE_STATUS, HeaderValue::from_maybe_shared(Bytes::from(status)).ok()?);
-    Some(response)
+    headers.append(&CACHE_STATUS, HeaderValue::from_static("oncegate"));
+    if !headers.contains_key(AGE) {
+        headers.insert(AGE, HeaderValue::from_static("0"));
+    }
+    Some(headers)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::idempotency::{ClaimToken, Fingerprint, Origin};
+    use crate::idempotency::{ClaimToken, Fingerprint, Origin, Record};
 
     #[test]
     fn a_replay_is_the_recorded_response_with_its_age() {
@@ -123,6 +136,7 @@ mod tests {
             (Bytes::from_static(b"x-a"), Bytes::from_static(b"1")),
             (Bytes::from_static(b"x-a"), Bytes::from_static(b"\xe4")),
             (Bytes::from_static(b"age"), Bytes::from_static(b"7")),
+            (Bytes::from_static(b"cache-status"), Bytes::from_static(b"origin; fwd=miss")),
         ];
         let recorded = RecordedResponse { status: 201, headers, body: Bytes::from_static(b"{}") };
         let origin = Origin {
@@ -139,7 +153,7 @@ mod tests {
             expires_at: Millis(20_000),
         };
         let fingerprint = Fingerprint { settings: 0, digest: [0; 32] };
-        let record = Record { origin, fingerprint, token: ClaimToken([0; 16]), state };
+        let record = Remembered::new(Record { origin, fingerprint, token: ClaimToken([0; 16]), state });
         let response = replay(&record, Millis(12_999)).unwrap();
         assert_eq!(response.status(), 201);
         let headers = response.headers();
@@ -147,6 +161,15 @@ mod tests {
         assert_eq!(headers.get_all("x-a").iter().count(), 2);
         assert_eq!(headers["age"], "9");
         assert_eq!(headers["idempotency-replayed"], "true");
-        assert_eq!(headers["cache-status"], "oncegate; hit; ttl=7");
+        let statuses = |response: &Response<ReplyBody>| {
+            let statuses = response.headers().get_all("cache-status").iter();
+            statuses.map(|value| value.to_str().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(statuses(&response), ["origin; fwd=miss", "oncegate; hit; ttl=7"]);
+        let again = replay(&record, Millis(15_000)).unwrap();
+        assert_eq!(
+            (&again.headers()["age"], statuses(&again)[1].as_str()),
+            (&HeaderValue::from(12), "oncegate; hit; ttl=5")
+        );
     }
 }

@@ -100,9 +100,14 @@ impl FingerprintSettings {
     /// Condenses a payload. Takes memory of about the body's length, once.
     #[must_use]
     pub fn fingerprint(&self, payload: &Payload<'_>) -> Fingerprint {
-        let settings = self.id();
+        Fingerprint { settings: self.id(), digest: self.digest(payload) }
+    }
+
+    /// The digest alone, for who has kept the settings' [`FingerprintSettings::id`].
+    #[must_use]
+    pub fn digest(&self, payload: &Payload<'_>) -> [u8; 32] {
         if self.mode == FingerprintMode::None {
-            return Fingerprint { settings, digest: [0; 32] };
+            return [0; 32];
         }
         let mut text = Vec::with_capacity(256 + payload.body.len());
         put(&mut text, ALGORITHM);
@@ -122,7 +127,7 @@ impl FingerprintSettings {
         self.put_headers(&mut text, payload.headers);
 
         // An encoded body is opaque here, and so is one whose type is written twice: who reads it may follow either.
-        let digest = match (media_types.as_slice(), payload.content_type) {
+        match (media_types.as_slice(), payload.content_type) {
             _ if !encodings.is_empty() => raw_digest(text, payload.body),
             ([], _) if self.mode == FingerprintMode::Json => self.json_or_raw_digest(text, payload.body),
             ([media], _) if self.mode == FingerprintMode::Json && is_json(media) => {
@@ -137,8 +142,7 @@ impl FingerprintSettings {
                 None => raw_digest(text, payload.body),
             },
             _ => raw_digest(text, payload.body),
-        };
-        Fingerprint { settings, digest }
+        }
     }
 
     /// Digest of a JSON text alone, compared as the fingerprint compares bodies (`oncegate key --json`): with the ignored

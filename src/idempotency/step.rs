@@ -16,6 +16,8 @@ pub enum UnknownOutcome {
     Hold,
     /// Send it again, for upstreams that honour the key themselves.
     Forward,
+    /// Ask the upstream. That it has not been executed counts only if it was asked so long after the claim.
+    Lookup { min_age_ms: u64 },
 }
 
 /// A route's rules, as far as they decide what happens to a key. Times in milliseconds.
@@ -60,10 +62,30 @@ pub enum Event {
     Settle { token: ClaimToken, outcome: Outcome },
     /// Found at start: the gateway that held this claim is dead.
     Recover,
+    /// The upstream was asked at `asked_at` what became of the request whose outcome `of`'s holder never learned. The rest
+    /// is as in [`Event::Arrive`].
+    LookedUp {
+        of: ClaimToken,
+        asked_at: Millis,
+        verdict: Verdict,
+        origin: Origin,
+        fingerprint: Fingerprint,
+        token: ClaimToken,
+    },
     /// An operator has found out what became of a request whose outcome is unknown.
     Resolve(Resolution),
     /// An operator gives the key back: what becomes of its next use is his to answer for.
     Forget,
+}
+
+/// What the upstream says of a key that it was asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It has been executed, and this is the answer to give.
+    Executed(Recorded),
+    NotExecuted,
+    /// It does not say.
+    Undecided,
 }
 
 /// An operator's word on a request whose outcome is unknown.
@@ -97,8 +119,10 @@ pub enum Decision {
     Forward {
         resend: bool,
     },
-    /// Answer from the record that was read.
+    /// Answer from the record that the step leaves.
     Replay,
+    /// Ask the upstream what became of it, and come back with [`Event::LookedUp`].
+    Lookup,
     /// Wait for the claim to settle; its lease ends at `until`.
     Wait {
         until: Option<Millis>,
@@ -146,6 +170,23 @@ pub fn step(policy: &Policy, now: Millis, stored: Option<&Record>, event: &Event
             None => claim(policy, now, Origin { attempts: 1, claimed_at: now, ..origin.clone() }, *fingerprint, *token),
             Some(record) => arrive_at(policy, now, record, fingerprint, *token),
         },
+        Event::LookedUp { of, asked_at, verdict, origin, fingerprint, token } => {
+            let asked_for = |record: &&Record| {
+                matches!(record.state, State::Unknown { .. }) && record.token == *of && !record.expired(now)
+            };
+            match stored.filter(asked_for) {
+                Some(record) if !record.fingerprint.conflicts_with(fingerprint) => {
+                    let again = Origin { attempts: 1, claimed_at: now, ..origin.clone() };
+                    looked_up(policy, now, record, *asked_at, verdict, (again, *fingerprint, *token))
+                }
+                _ => moved_on(step(
+                    policy,
+                    now,
+                    stored,
+                    &Event::Arrive { origin: origin.clone(), fingerprint: *fingerprint, token: *token },
+                )),
+            }
+        }
         Event::Renew { token } => renew(policy, now, stored, *token),
         Event::Settle { token, outcome } => settle(policy, now, stored, *token, outcome),
         Event::Recover => match stored {
@@ -211,7 +252,52 @@ fn arrive_at(policy: &Policy, now: Millis, record: &Record, fingerprint: &Finger
                 let origin = Origin { attempts, ..record.origin.clone() };
                 claim(policy, now, origin, record.fingerprint, token)
             }
+            UnknownOutcome::Lookup { .. } => Step::keep(Decision::Lookup),
         },
+    }
+}
+
+/// A verdict on the very claim that it was asked for.
+fn looked_up(
+    policy: &Policy,
+    now: Millis,
+    record: &Record,
+    asked_at: Millis,
+    verdict: &Verdict,
+    (origin, fingerprint, token): (Origin, Fingerprint, ClaimToken),
+) -> Step {
+    match verdict {
+        Verdict::Executed(response) => {
+            let record = completed(policy, now, record, response.clone());
+            let decision = arrive_at(policy, now, &record, &fingerprint, token).decision;
+            Step { write: Write::Put(record), decision }
+        }
+        Verdict::NotExecuted => {
+            // Of several claims only the first one's time is known; all of them were made before the outcome was unknown.
+            let claimed_at = match record.state {
+                State::Unknown { since, .. } if record.origin.attempts > 1 => since,
+                _ => record.origin.claimed_at,
+            };
+            match policy.unknown_outcome {
+                UnknownOutcome::Lookup { min_age_ms } if claimed_at.plus(min_age_ms) <= asked_at => {
+                    claim(policy, now, origin, fingerprint, token)
+                }
+                // The upstream may still be at it.
+                UnknownOutcome::Lookup { .. } => Step::keep(Decision::Reject(RejectReason::InProgress)),
+                UnknownOutcome::Hold | UnknownOutcome::Forward => {
+                    Step::keep(Decision::Reject(RejectReason::OutcomeUnknown))
+                }
+            }
+        }
+        Verdict::Undecided => Step::keep(Decision::Reject(RejectReason::OutcomeUnknown)),
+    }
+}
+
+/// Whoever has asked for a claim that is there no more does not ask again for the next: one question for each arrival.
+fn moved_on(step: Step) -> Step {
+    match step.decision {
+        Decision::Lookup => Step { decision: Decision::Reject(RejectReason::InProgress), ..step },
+        _ => step,
     }
 }
 

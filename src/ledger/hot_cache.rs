@@ -1,34 +1,38 @@
 //! Completed records in memory. They never change, so no coherence is needed; evicted never means unseen.
 
+use super::remembered::Remembered;
 use crate::idempotency::{Millis, Record, Recorded, State};
-use crate::store::RecordId;
+use crate::store::{HashOfIds, RecordId};
 use moka::sync::Cache;
 use std::sync::Arc;
 use std::time::Duration;
 
 pub(super) struct HotCache {
-    records: Cache<RecordId, Hot>,
+    records: Cache<RecordId, Hot, HashOfIds>,
     max_age_ms: Option<u64>,
 }
 
 #[derive(Clone)]
 struct Hot {
-    record: Arc<Record>,
+    record: Arc<Remembered>,
     use_until: Millis,
 }
 
 /// What an entry weighs besides its payload: the record, the map's node, moka's bookkeeping.
 const OVERHEAD_BYTES: usize = 400;
+/// What a header field weighs besides its bytes: its line, and its entry in the map that replays are made from.
+const FIELD_OVERHEAD_BYTES: usize = 64 + 120;
 
 impl HotCache {
     pub(super) fn new(max_bytes: u64, max_age: Option<Duration>) -> Self {
-        let records = Cache::builder().max_capacity(max_bytes).weigher(|_, hot: &Hot| weigh(&hot.record)).build();
+        let records = Cache::builder().max_capacity(max_bytes).weigher(|_, hot: &Hot| weigh(&hot.record));
+        let records = records.build_with_hasher(HashOfIds::default());
         let max_age_ms = max_age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
         Self { records, max_age_ms }
     }
 
     /// A completed record that has not expired at `now`.
-    pub(super) fn get(&self, id: RecordId, now: Millis) -> Option<Arc<Record>> {
+    pub(super) fn get(&self, id: RecordId, now: Millis) -> Option<Arc<Remembered>> {
         let hot = self.records.get(&id)?;
         if hot.use_until <= now {
             self.records.invalidate(&id);
@@ -38,7 +42,7 @@ impl HotCache {
     }
 
     /// Takes a record in, if it is completed.
-    pub(super) fn put(&self, id: RecordId, record: Arc<Record>, now: Millis) {
+    pub(super) fn put(&self, id: RecordId, record: Arc<Remembered>, now: Millis) {
         if let State::Completed { expires_at, .. } = record.state {
             let use_until = self.max_age_ms.map_or(expires_at, |age| expires_at.min(now.plus(age)));
             self.records.insert(id, Hot { record, use_until });
@@ -67,7 +71,7 @@ fn weigh(record: &Record) -> u32 {
     let origin = &record.origin;
     let response = match &record.state {
         State::Completed { response: Recorded::Full(response), .. } => {
-            let headers = response.headers.iter().map(|(name, value)| name.len() + value.len() + 64);
+            let headers = response.headers.iter().map(|(name, value)| name.len() + value.len() + FIELD_OVERHEAD_BYTES);
             response.body.len() + headers.sum::<usize>()
         }
         _ => 0,
@@ -82,7 +86,7 @@ mod tests {
     use crate::idempotency::{ClaimToken, Fingerprint, Origin, Response, Why};
     use bytes::Bytes;
 
-    fn record(state: State) -> Arc<Record> {
+    fn record(state: State) -> Arc<Remembered> {
         let origin = Origin {
             key: Bytes::from_static(b"k"),
             key_header: Bytes::from_static(b"k"),
@@ -92,10 +96,10 @@ mod tests {
             attempts: 1,
         };
         let fingerprint = Fingerprint { settings: 0, digest: [0; 32] };
-        Arc::new(Record { origin, fingerprint, token: ClaimToken([0; 16]), state })
+        Remembered::new(Record { origin, fingerprint, token: ClaimToken([0; 16]), state })
     }
 
-    fn completed(body_len: usize, expires_at: u64) -> Arc<Record> {
+    fn completed(body_len: usize, expires_at: u64) -> Arc<Remembered> {
         let response = Response { status: 201, headers: Vec::new(), body: Bytes::from(vec![b'x'; body_len]) };
         record(State::Completed {
             response: Recorded::Full(response),

@@ -3,7 +3,7 @@
 //! An act holds its key's slot, as a claim does: no request on that key is decided meanwhile, and none is under way. Nothing
 //! is put into the hot cache but by the holder of the slot, so a record that was forgotten cannot come back into it.
 
-use super::{Budget, Held, Ledger, SlotOwner, decode, to_value};
+use super::{Budget, Held, Ledger, Remembered, SlotOwner, decode, to_value};
 use crate::idempotency::{Decision, Event, Policy, Record, Resolution, Write, step};
 use crate::store::{Entry, RecordId, Store, StoreError, Swap, Urgency, Version};
 use bytes::Bytes;
@@ -17,7 +17,7 @@ pub struct Shown {
     pub id: RecordId,
     /// Names this state of the record.
     pub version: Version,
-    pub record: Arc<Record>,
+    pub record: Arc<Remembered>,
     /// Whether a task of this gateway works on it right now.
     pub in_flight: bool,
 }
@@ -81,7 +81,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
         let damaged = || StoreError::Damaged { id, detail: "it cannot be decoded".to_owned() };
         let (version, record) = decode(id, entry).ok_or_else(damaged)?;
         let in_flight = self.0.slots.get(id).is_some_and(|slot| slot.claimed().is_some());
-        Ok(Shown { id, version, record: Arc::new(record), in_flight })
+        Ok(Shown { id, version, record: Remembered::new(record), in_flight })
     }
 
     /// Carries out an act, in a task of its own: what has been begun is finished, and logged, even if nobody waits for it.
@@ -149,7 +149,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
             }
         })?;
         let Swap::Done(version) = swap else { return Err(Refusal::Changed) };
-        let after = new.map(|record| Shown { id, version, record: Arc::new(record), in_flight: false });
+        let after = new.map(|record| Shown { id, version, record: Remembered::new(record), in_flight: false });
         if let Some(after) = &after {
             shared.hot.put(id, Arc::clone(&after.record), now);
         }

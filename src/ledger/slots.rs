@@ -1,8 +1,9 @@
 //! Keys that this gateway is working on, and the duplicates that wait for them.
 
+use super::Answer;
 use super::budget::Held;
-use crate::idempotency::Record;
-use crate::store::RecordId;
+use super::remembered::Remembered;
+use crate::store::{HashOfIds, RecordId};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,9 +18,11 @@ pub struct Credentials(pub [u8; 32]);
 #[derive(Clone, Debug)]
 pub enum Settlement<R> {
     /// A completed record: replay it.
-    Recorded(Arc<Record>),
+    Recorded(Arc<Remembered>),
     /// Nothing was executed; whoever bears the same credentials gets this same response.
     NotExecuted { response: R, credentials: Credentials },
+    /// The upstream was asked in vain; whoever bears the same credentials gets this same answer.
+    Undecided { answer: Answer, credentials: Credentials },
     /// Look again, as a newcomer.
     Again,
 }
@@ -28,8 +31,8 @@ pub enum Settlement<R> {
 pub(super) enum Phase<R> {
     /// The claim is on its way to the store.
     Pending,
-    /// The claim is durable.
-    Claimed(Arc<Record>),
+    /// The claim is durable; or the record's outcome is unknown, and the upstream is being asked.
+    Claimed(Arc<Remembered>),
     Settled(Settlement<R>),
 }
 
@@ -45,7 +48,7 @@ pub(super) struct Slot<R> {
 }
 
 impl<R: Clone> Slot<R> {
-    pub(super) fn claimed(&self) -> Option<Arc<Record>> {
+    pub(super) fn claimed(&self) -> Option<Arc<Remembered>> {
         match &*self.phase.borrow() {
             Phase::Claimed(record) => Some(Arc::clone(record)),
             _ => None,
@@ -68,7 +71,7 @@ impl<R: Clone> Slot<R> {
         *lock(&self.body) = None;
     }
 
-    pub(super) fn set_claimed(&self, record: Arc<Record>) {
+    pub(super) fn set_claimed(&self, record: Arc<Remembered>) {
         self.phase.send_replace(Phase::Claimed(record));
     }
 
@@ -134,15 +137,16 @@ pub struct StillInProgress {
 }
 
 const SHARDS: usize = 64;
+type Shard<R> = HashMap<RecordId, Arc<Slot<R>>, HashOfIds>;
 
 /// All slots, by record id.
 pub(super) struct Slots<R> {
-    shards: [Mutex<HashMap<RecordId, Arc<Slot<R>>>>; SHARDS],
+    shards: [Mutex<Shard<R>>; SHARDS],
 }
 
 impl<R: Clone> Slots<R> {
     pub(super) fn new() -> Self {
-        Self { shards: std::array::from_fn(|_| Mutex::new(HashMap::new())) }
+        Self { shards: std::array::from_fn(|_| Mutex::default()) }
     }
 
     pub(super) fn get(&self, id: RecordId) -> Option<Arc<Slot<R>>> {
@@ -170,7 +174,7 @@ impl<R: Clone> Slots<R> {
     }
 
     #[allow(clippy::indexing_slicing, reason = "the remainder is below the number of shards")]
-    fn shard(&self, id: RecordId) -> &Mutex<HashMap<RecordId, Arc<Slot<R>>>> {
+    fn shard(&self, id: RecordId) -> &Mutex<Shard<R>> {
         let RecordId([first, ..]) = id;
         &self.shards[usize::from(first) % SHARDS]
     }

@@ -220,6 +220,7 @@ async fn claim(ledger: &TestLedger) -> Claim<Arc<Scripted>, &'static str> {
     match lead(ledger, &arrival(1, 1)).claim().await.unwrap() {
         ClaimResult::Claimed(claim) => claim,
         ClaimResult::Answer(answer) => panic!("answered: {answer:?}"),
+        ClaimResult::LookUp(_) => panic!("asks"),
     }
 }
 
@@ -227,6 +228,7 @@ async fn claim_answer(ledger: &TestLedger, arrival: &Arrival) -> Answer {
     match lead(ledger, arrival).claim().await.unwrap() {
         ClaimResult::Answer(answer) => answer,
         ClaimResult::Claimed(_) => panic!("claimed"),
+        ClaimResult::LookUp(_) => panic!("asks"),
     }
 }
 

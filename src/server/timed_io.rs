@@ -256,7 +256,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TimedIo<S> {
         if self.refusal.is_some() || bufs.len() == 1 && self.may_refuse() {
             return self.poll_write(cx, bufs.first().map_or(&[], |buf| buf));
         }
-        self.get_mut().timed(cx, |stream, cx| stream.poll_write_vectored(cx, bufs))
+        // A short response goes out cheaper in one piece than as a list of pieces.
+        let mut joined = [0; SHORT];
+        let len = join(bufs, &mut joined);
+        self.get_mut().timed(cx, |stream, cx| match len.and_then(|len| joined.get(..len)) {
+            Some(joined) => stream.poll_write(cx, joined),
+            None => stream.poll_write_vectored(cx, bufs),
+        })
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -272,8 +278,35 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TimedIo<S> {
     }
 }
 
+/// Up to so many bytes are copied in order to be written in one piece.
+const SHORT: usize = 1024;
+
+/// Copies the pieces together, if they fit. Returns their length.
+fn join(pieces: &[IoSlice<'_>], joined: &mut [u8; SHORT]) -> Option<usize> {
+    let mut len = 0;
+    for piece in pieces {
+        let end = len + piece.len();
+        joined.get_mut(len..end)?.copy_from_slice(piece);
+        len = end;
+    }
+    Some(len)
+}
+
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn pieces_are_joined_if_they_fit() {
+        use super::{SHORT, join};
+        let mut joined = [0; SHORT];
+        let pieces = [b"ab".as_slice(), b"", b"cde"].map(std::io::IoSlice::new);
+        assert_eq!(join(&pieces, &mut joined), Some(5));
+        assert_eq!(&joined[..5], b"abcde");
+        let whole = [[1; SHORT].as_slice()].map(std::io::IoSlice::new);
+        assert_eq!(join(&whole, &mut joined), Some(SHORT));
+        let more = [[1; SHORT].as_slice(), b"x"].map(std::io::IoSlice::new);
+        assert_eq!(join(&more, &mut joined), None);
+    }
+
     use super::*;
 
     #[test]

@@ -21,6 +21,8 @@ mod headers;
 mod hostile_upstreams;
 mod http2;
 mod http2_limits;
+mod jwt;
+mod jwt_keys;
 mod key;
 mod library_answers;
 mod limits;

@@ -21,8 +21,10 @@ use std::ops::Bound::{Excluded, Unbounded};
 const BYTES_MAX: usize = 4 << 20;
 /// Entries that are gathered under the store's lock at once.
 const STEP: usize = 128;
-/// Read at once, where entries are read here and there.
+/// Bytes of log read at once: where entries are read here and there, and in a walk for each entry that may be looked at.
 const SMALL_PIECE: usize = 4096;
+const PIECE_PER_VISIT: usize = 1024;
+const PIECE_MAX: usize = 1 << 20;
 
 /// Where a listing goes on. As a cursor: position or version, and the kind in the three lowest bits, which offsets leave free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,7 +182,8 @@ impl Pager<'_> {
         let mut at = begin.max(SEGMENT_HEADER).next_multiple_of(ALIGN as u64);
         drop(state);
 
-        let mut reader = FrameReader::new(&*segment, segment.uid);
+        let piece = self.visits_left.saturating_mul(PIECE_PER_VISIT).clamp(SMALL_PIECE, PIECE_MAX);
+        let mut reader = FrameReader::in_pieces(&*segment, segment.uid, piece);
         while at < end {
             let place = Position { segment: segment.number, offset: u32::try_from(at).unwrap_or(u32::MAX) };
             if !self.has_room() {

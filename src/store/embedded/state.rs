@@ -6,35 +6,13 @@ use crate::store::log::frame::NEVER;
 use crate::store::log::scan::Verified;
 use crate::store::log::segment::Segment;
 use crate::store::log::{LogPoint, Position};
-use crate::store::{OLDEST_TRACKED, RecordId, Tag};
+use crate::store::{HashOfIds, OLDEST_TRACKED, RecordId, Tag};
 use bytes::Bytes;
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
-/// Ids are keyed hashes already: eight of their bytes are as good a hash as any, and nobody can choose them.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct IdHasher(u64);
-
-impl Hasher for IdHasher {
-    fn write(&mut self, bytes: &[u8]) {
-        for piece in bytes.chunks(8) {
-            let mut word = [0; 8];
-            word.iter_mut().zip(piece).for_each(|(to, from)| *to = *from);
-            self.0 = self.0.rotate_left(29) ^ u64::from_le_bytes(word);
-        }
-    }
-
-    fn write_usize(&mut self, _len: usize) {}
-
-    fn finish(&self) -> u64 {
-        // The table takes its bits from both ends.
-        self.0.wrapping_mul(0x9e37_79b9_7f4a_7c15)
-    }
-}
-
-pub(super) type IdMap<V> = HashMap<RecordId, V, BuildHasherDefault<IdHasher>>;
-pub(super) type IdSet = HashSet<RecordId, BuildHasherDefault<IdHasher>>;
+pub(super) type IdMap<V> = HashMap<RecordId, V, HashOfIds>;
+pub(super) type IdSet = HashSet<RecordId, HashOfIds>;
 
 /// An entry that the store holds.
 #[derive(Clone, Debug)]

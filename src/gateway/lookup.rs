@@ -1,0 +1,87 @@
+//! `unknown_outcome = "lookup"`: the upstream is asked what became of a request.
+
+use super::forward::{Exchange, Forward, exchange, outcome_word};
+use super::headers::IDEMPOTENCY_OUTCOME;
+use super::question::{Asked, Template, question};
+use super::reply::{recordable, to_recorded};
+use super::{GatewayInquiry, SharedClaim};
+use crate::idempotency::outcome::Class;
+use crate::idempotency::{OutcomeTable, Recorded, Verdict};
+use crate::store::StoreError;
+use bytes::Bytes;
+use http::header::{LOCATION, RETRY_AFTER};
+use http::response;
+use std::time::Duration;
+use tokio::time::timeout;
+
+/// `lookup` of a route.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub path: Template,
+    /// Knows no class but [`Class::NotExecuted`] for statuses that prove that nothing was executed.
+    pub not_executed: OutcomeTable,
+    pub timeout: Duration,
+}
+
+impl Forward {
+    /// Asks what became of the request whose outcome is unknown, and acts on the answer.
+    pub(super) async fn look_up(&self, inquiry: GatewayInquiry) -> Result<SharedClaim, StoreError> {
+        let verdict = tokio::select! {
+            biased;
+            () = self.gateway.give_up.cancelled() => Verdict::Undecided,
+            verdict = self.ask(inquiry.key()) => verdict,
+        };
+        let word = match &verdict {
+            Verdict::Executed(_) => "executed",
+            Verdict::NotExecuted => "not_executed",
+            Verdict::Undecided => "undecided",
+        };
+        self.gateway.metrics.lookup(word);
+        tracing::info!(record = %inquiry.id(), verdict = word, "the upstream was asked what became of a request");
+        inquiry.tell(verdict).await
+    }
+
+    async fn ask(&self, key: &Bytes) -> Verdict {
+        let (Some(options), Some((path, params))) = (&self.route.options.lookup, &self.asked) else {
+            return Verdict::Undecided;
+        };
+        let asked = Asked { pattern: &self.route.options.pattern, path, params };
+        let Some(target) = options.path.target(key, &asked) else { return Verdict::Undecided };
+        let request = question(target, self.parts.headers.clone(), &self.route.options.header);
+        let exchange = exchange(&self.gateway, request, self.route.options.max_recorded_body);
+        match timeout(options.timeout, exchange).await {
+            Ok((Exchange::Complete(head, body), _reservation)) => self.verdict(options, &head, Some(body)),
+            Ok((Exchange::Large(large), _)) => self.verdict(options, &large.head, None),
+            Ok((Exchange::Failed(_) | Exchange::Malformed(_), _)) | Err(_) => Verdict::Undecided,
+        }
+    }
+
+    /// What the answer says; `body`: unless it is too large to be recorded.
+    fn verdict(&self, options: &Options, head: &response::Parts, body: Option<Bytes>) -> Verdict {
+        let status = head.status.as_u16();
+        match outcome_word(head) {
+            Some(Class::NotExecuted) => return Verdict::NotExecuted,
+            Some(Class::Unknown) => return Verdict::Undecided,
+            // It was executed; whether this is its answer, the status says.
+            Some(Class::Final) if !head.status.is_success() => return Verdict::Undecided,
+            Some(Class::Final) | None => {}
+        }
+        if head.status.is_success() {
+            return Verdict::Executed(match body {
+                Some(body) => {
+                    let mut kept = recordable(&head.headers, &self.route.options.drop_headers);
+                    kept.remove(&IDEMPOTENCY_OUTCOME);
+                    Recorded::Full(to_recorded(head.status, &kept, body))
+                }
+                None => {
+                    let location = head.headers.get(LOCATION).map(|value| Bytes::copy_from_slice(value.as_bytes()));
+                    Recorded::Omitted { status, location }
+                }
+            });
+        }
+        match options.not_executed.classify(status, head.headers.contains_key(RETRY_AFTER)) {
+            Class::NotExecuted => Verdict::NotExecuted,
+            Class::Final | Class::Unknown => Verdict::Undecided,
+        }
+    }
+}

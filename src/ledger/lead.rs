@@ -1,0 +1,115 @@
+//! From the right to claim a key to the claim, or to the answer that the store gives instead.
+
+use super::{
+    Answer, Arrival, Claim, ClaimResult, HeldClaim, Remembered, Settlement, Shared, SlotOwner, answer, damaged,
+    new_token,
+};
+use crate::idempotency::{Decision, Event, Millis, Record, Verdict};
+use crate::store::{Store, StoreError, Version};
+use std::sync::Arc;
+use tokio::time::Instant;
+
+/// The right, and the duty, to claim a key that nobody here works on. Duplicates wait from now on; they look again if
+/// this is dropped.
+pub struct Lead<S, R: Clone> {
+    pub(super) shared: Arc<Shared<S, R>>,
+    pub(super) arrival: Arrival,
+    pub(super) owner: SlotOwner<R>,
+}
+
+impl<S: Store, R: Clone + Send + Sync + 'static> Lead<S, R> {
+    /// Claims the key in the store, or says what the store answers instead.
+    ///
+    /// # Errors
+    /// The store's; nothing may be forwarded then.
+    pub async fn claim(self) -> Result<ClaimResult<S, R>, StoreError> {
+        let Arrival { origin, fingerprint, .. } = &self.arrival;
+        let event = Event::Arrive { origin: origin.clone(), fingerprint: *fingerprint, token: new_token() };
+        self.raise(None, &event).await
+    }
+
+    async fn raise(self, stored: Option<(Version, Record)>, event: &Event) -> Result<ClaimResult<S, R>, StoreError> {
+        let Self { shared, arrival, owner } = self;
+        let started = Instant::now();
+        let (decision, stored) = match shared.apply(arrival.id, &arrival.policy, stored, event).await {
+            Err(StoreError::Damaged { id, detail }) => return Ok(ClaimResult::Answer(damaged(id, &detail))),
+            applied => applied?,
+        };
+        let Some((version, record)) = stored else {
+            // An arrival never removes a record; should it, nothing was claimed.
+            return Ok(ClaimResult::Answer(Answer::InProgress { late: false }));
+        };
+        let record = Remembered::new(record);
+        match decision {
+            Decision::Forward { resend } => {
+                shared.metrics.claim_seconds.observe(started.elapsed());
+                owner.slot().set_claimed(Arc::clone(&record));
+                let held = HeldClaim { shared, arrival, owner, version, record };
+                return Ok(ClaimResult::Claimed(Claim { held: Some(Box::new(held)), resend }));
+            }
+            Decision::Lookup => {
+                // Others are compared with it, and wait for the upstream's word instead of asking, too.
+                owner.slot().set_claimed(Arc::clone(&record));
+                let asked_at = shared.clock.now();
+                let lead = Self { shared, arrival, owner };
+                return Ok(ClaimResult::LookUp(Inquiry { lead, version, record, asked_at }));
+            }
+            _ => {}
+        }
+        shared.hot.put(arrival.id, Arc::clone(&record), shared.clock.now());
+        // A claim in the store without a slot here is one whose outcome could not be written: nobody is at it.
+        let answer = answer(decision, &record, false).unwrap_or(Answer::InProgress { late: false });
+        match &answer {
+            Answer::Replay(_) | Answer::BodyNotRecorded { .. } => owner.settle(Settlement::Recorded(record)),
+            // The upstream has just been asked, with these credentials.
+            _ if matches!(event, Event::LookedUp { .. }) => {
+                let credentials = arrival.credentials;
+                owner.settle(Settlement::Undecided { answer: answer.clone(), credentials });
+            }
+            _ => {}
+        }
+        Ok(ClaimResult::Answer(answer))
+    }
+}
+
+/// A record whose outcome is unknown, and the duty to ask the upstream for it. Duplicates wait; they look again if this is
+/// dropped.
+pub struct Inquiry<S, R: Clone> {
+    lead: Lead<S, R>,
+    version: Version,
+    record: Arc<Remembered>,
+    /// Before the question is sent.
+    asked_at: Millis,
+}
+
+impl<S: Store, R: Clone + Send + Sync + 'static> Inquiry<S, R> {
+    #[must_use]
+    pub fn id(&self) -> crate::store::RecordId {
+        self.lead.arrival.id
+    }
+
+    /// The decoded key that is asked for.
+    #[must_use]
+    pub fn key(&self) -> &bytes::Bytes {
+        &self.record.origin.key
+    }
+
+    /// Acts on the upstream's word. It counts for the claim it was asked for alone.
+    ///
+    /// # Errors
+    /// The store's; nothing may be forwarded then.
+    pub async fn tell(self, verdict: Verdict) -> Result<ClaimResult<S, R>, StoreError> {
+        let Self { lead, version, record, asked_at } = self;
+        let Arrival { origin, fingerprint, .. } = &lead.arrival;
+        let event = Event::LookedUp {
+            of: record.token,
+            asked_at,
+            verdict,
+            origin: origin.clone(),
+            fingerprint: *fingerprint,
+            token: new_token(),
+        };
+        let stored = Some((version, Record::clone(&record)));
+        lead.raise(stored, &event).await
+    }
+}
