@@ -29,6 +29,7 @@ mod pass;
 mod pool;
 mod problems;
 mod proxying;
+mod records;
 mod replay;
 mod replay_fields;
 mod request_syntax;
