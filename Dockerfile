@@ -15,11 +15,10 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
     && install -D -m 0644 /etc/ssl/certs/ca-certificates.crt /image/etc/ssl/certs/ca-certificates.crt \
     && mkdir /empty
 COPY <<"TOML" /image/etc/oncegate/config.toml
-# Inside a container loopback reaches nobody. Mount a file over this one, or set ONCEGATE_<SECTION>__<KEY>.
+# Mount a file over this one, or set ONCEGATE_<SECTION>__<KEY>. The admin address stays on the container's loopback, where
+# HEALTHCHECK and "docker exec" reach it: off it, it needs ONCEGATE_ADMIN__TOKEN_FILE beside ONCEGATE_ADMIN__LISTEN.
 [server]
 listen = "0.0.0.0:8080"
-[admin]
-listen = "0.0.0.0:9090"
 [store]
 path = "/data"
 TOML
@@ -32,7 +31,7 @@ COPY LICENSE-APACHE LICENSE-MIT /
 USER 65532:65532
 # The store. Without a volume of its own the records end with the container, and with them the promise.
 VOLUME ["/data"]
-EXPOSE 8080 9090
+EXPOSE 8080
 STOPSIGNAL SIGTERM
 # No shell in here: busybox under the name of wget is wget and nothing else. Asks whether the process should live on,
 # as an orchestrator that restarts unhealthy containers wants it; /readyz is for what routes traffic. Override it where

@@ -1,6 +1,8 @@
 //! The configuration: file, environment and flags, resolved into each module's own options. Nothing is bound here, nothing
-//! opened but the files of `[server.tls]`, `[upstream.tls]` and `admin.token_file` that are read, and all errors are reported at once.
+//! opened but the files of `[server.tls]`, `[upstream.tls]`, `[auth]` and `admin.token_file` that are read, and all errors are
+//! reported at once.
 
+mod auth;
 mod questions;
 mod reader;
 mod routes;

@@ -5,8 +5,10 @@ pub mod client_cert;
 mod forward;
 pub mod headers;
 pub mod identity;
+pub mod jwt;
 pub mod key;
 pub mod lookup;
+mod observe;
 mod options;
 mod pass;
 pub mod path;
@@ -33,7 +35,8 @@ use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
 use key::Key;
-pub use options::{MissingKey, OnStoreError, Options, ReplayAuth, RouteOptions};
+use observe::{Model, Observed};
+pub use options::{MissingKey, Mode, OnStoreError, Options, ReplayAuth, RouteOptions};
 use path::{NormalPath, Params, Readings};
 use probe::{Caller, Probes};
 use problem::{Code, Problem};
@@ -85,6 +88,7 @@ pub struct Gateway {
     give_up: CancellationToken,
     tunnels: Arc<Tunnels>,
     probes: Arc<Probes>,
+    model: Arc<Model>,
 }
 
 struct Route {
@@ -92,6 +96,8 @@ struct Route {
     /// [`crate::idempotency::FingerprintSettings::id`].
     fingerprint_settings: u64,
     metrics: RouteMetrics,
+    /// What would have been done, in [`Mode::Observe`].
+    observed: RouteMetrics,
 }
 
 /// A response, and how it is counted.
@@ -101,8 +107,10 @@ impl Gateway {
     #[must_use]
     pub(crate) fn new(options: Options, ledger: GatewayLedger, secret: Secret, metrics: Metrics) -> Arc<Self> {
         let route = |options: &RouteOptions| {
+            let observed = metrics.observed(options.pattern.as_str(), options.mode == Mode::Observe);
             let metrics = metrics.route(options.pattern.as_str());
-            Arc::new(Route { options: options.clone(), fingerprint_settings: options.fingerprint.id(), metrics })
+            let fingerprint_settings = options.fingerprint.id();
+            Arc::new(Route { options: options.clone(), fingerprint_settings, metrics, observed })
         };
         Arc::new(Self {
             routes: options.routes.iter().map(route).collect(),
@@ -116,6 +124,7 @@ impl Gateway {
             give_up: CancellationToken::new(),
             tunnels: Arc::default(),
             probes: Arc::default(),
+            model: Arc::default(),
             options: Arc::new(options),
             metrics,
         })
@@ -172,7 +181,7 @@ impl Gateway {
             return problem.into_response(chained);
         }
         if request.method() != Method::POST {
-            return self.pass(request, peer, &self.unrouted, chained).await;
+            return self.pass(request, peer, &self.unrouted, chained, None).await;
         }
         let path = NormalPath::new(request.uri().path().as_bytes());
         let Some((route, path, params)) = self.route(path) else {
@@ -180,10 +189,16 @@ impl Gateway {
                 self.unrouted.count(Outcome::rejected);
                 return problem.into_response(chained);
             }
-            return self.pass(request, peer, &self.unrouted, chained).await;
+            return self.pass(request, peer, &self.unrouted, chained, None).await;
         };
         let route = Arc::clone(route);
-        let key = match key::parse(request.headers(), &route.options.header) {
+        let key = key::parse(request.headers(), &route.options.header);
+        if route.options.mode == Mode::Observe {
+            let keyless = matches!(key, Ok(None)) && route.options.missing_key == MissingKey::Pass;
+            let observed = (!keyless).then(|| Observed::new(self, &route, &request, (path, params), peer, key));
+            return Box::pin(self.pass(request, peer, &route.metrics, chained, observed)).await;
+        }
+        let key = match key {
             Ok(key) => key,
             Err(problem) => {
                 route.metrics.count(Outcome::rejected);
@@ -191,7 +206,7 @@ impl Gateway {
             }
         };
         if key.is_none() && route.options.missing_key == MissingKey::Pass {
-            return self.pass(request, peer, &route.metrics, chained).await;
+            return self.pass(request, peer, &route.metrics, chained, None).await;
         }
         let (parts, body) = request.into_parts();
         let intercepted = Box::new(Intercepted { parts, route, path, params, key, peer: peer.clone(), chained });
@@ -210,7 +225,8 @@ impl Gateway {
 
     /// A keyed POST whose path some upstreams would read as a route of ours must not slip past unprotected.
     fn ambiguous<B>(&self, request: &Request<B>) -> Option<Problem> {
-        let keyed = |route: &&Arc<Route>| request.headers().contains_key(&route.options.header);
+        let enforced = |route: &&Arc<Route>| route.options.mode == Mode::Enforce;
+        let keyed = |route: &&Arc<Route>| enforced(route) && request.headers().contains_key(&route.options.header);
         let mut routes = self.routes.iter().filter(keyed).peekable();
         routes.peek()?;
         let readings = Readings::new(request.uri().path().as_bytes());
@@ -259,7 +275,12 @@ impl Gateway {
             let detail = format!("This request needs the header {}, with a key of its own.", options.header);
             return Err(Problem::new(Code::KeyMissing, detail));
         }
-        let asked = scope::Request { headers: &parts.headers, path, params, peer };
+        let claims = match (scope::bearer(options, &parts.headers)?, &self.options.auth) {
+            // What this takes is not part of every request.
+            (Some(token), Some(auth)) => Some(Box::pin(auth.verify(token, self.ledger.now())).await?),
+            _ => None,
+        };
+        let asked = scope::Request { headers: &parts.headers, path, params, peer, claims: claims.as_deref() };
         let tenant = scope::tenant(&self.secret, options, &asked)?;
         let body = body::read(body, self.options.max_body, started + self.options.body_timeout, &self.budget).await?;
         let fingerprint = fingerprint(route, parts, path, &body.bytes);
@@ -279,7 +300,7 @@ impl Gateway {
         {
             return self.answer(answer, false);
         }
-        let asked = scope::Request { headers: &parts.headers, path, params, peer };
+        let asked = scope::Request { headers: &parts.headers, path, params, peer, claims: None };
         let credentials = scope::credentials(&self.secret, options, &asked);
         let arrival = Arrival {
             id,
@@ -444,6 +465,7 @@ fn classify(code: Code) -> Outcome {
         Code::KeyMissing
         | Code::KeyInvalid
         | Code::ScopeMissing
+        | Code::TokenInvalid
         | Code::PathAmbiguous
         | Code::BadRequest
         | Code::TargetTooLong
@@ -455,7 +477,7 @@ fn classify(code: Code) -> Outcome {
 
 #[cfg(test)]
 mod test_support {
-    use super::{MissingKey, OnStoreError, ReplayAuth, RouteOptions, route, scope};
+    use super::{MissingKey, Mode, OnStoreError, ReplayAuth, RouteOptions, route, scope};
     use crate::idempotency::{Concurrent, FingerprintSettings, OutcomeTable, Policy, UnknownOutcome};
     use http::HeaderName;
     use std::time::Duration;
@@ -464,6 +486,7 @@ mod test_support {
     pub(super) fn route_options(scope: &[scope::Part]) -> RouteOptions {
         RouteOptions {
             pattern: route::Pattern::parse("/posts").unwrap(),
+            mode: Mode::Enforce,
             case_sensitive: true,
             header: HeaderName::from_static("idempotency-key"),
             missing_key: MissingKey::Pass,

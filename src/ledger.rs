@@ -450,7 +450,7 @@ fn decode(id: RecordId, entry: Entry) -> Option<(Version, Record)> {
 
 /// 128 bits from the operating system. Should it refuse them, the time stands in: a token must be unlike all others, not
 /// secret.
-fn new_token() -> ClaimToken {
+pub(crate) fn new_token() -> ClaimToken {
     let mut token = [0; 16];
     if getrandom::fill(&mut token).is_err() {
         static COUNTER: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);

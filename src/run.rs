@@ -4,6 +4,7 @@ use crate::admin::{self, Admin, Records, RouteRules};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::gateway::identity::{self, RouteIdentity};
+use crate::gateway::jwt::Auth;
 use crate::gateway::scope::Secret;
 use crate::gateway::upstream::Upstream;
 use crate::gateway::{Gateway, GatewayLedger, RouteOptions};
@@ -65,6 +66,7 @@ pub struct Running {
     tls: Option<Arc<Tls>>,
     upstream: Arc<Upstream>,
     tokens: Option<Arc<admin::TokenFile>>,
+    auth: Option<Arc<Auth>>,
     drain_delay: Duration,
     drain_timeout: Duration,
     addresses: Vec<Address>,
@@ -102,6 +104,7 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
     let rules = config.gateway.routes.iter().map(rules).collect();
     let tokens = config.admin.tokens;
     let records = Records::new(ledger.clone(), tokens.clone(), rules);
+    let auth = config.gateway.auth.clone();
     let gateway = Gateway::new(config.gateway, ledger.clone(), secret, metrics.clone());
     let upstream = Arc::clone(gateway.upstream());
     let workers = Workers::start(config.server.workers).map_err(StartError::Workers)?;
@@ -116,6 +119,9 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
     let server = Server::new(workers, gateways, config.server.limits, tls.clone(), metrics);
     let sweeper = ledger.clone();
     tokio::spawn(async move { sweeper.sweep().await });
+    if let Some(auth) = auth.clone() {
+        tokio::spawn(async move { auth.keep_fresh().await });
+    }
     tokio::spawn(Arc::clone(&admin).serve(admin_listener));
     tracing::info!(address = %admin_address, role = "admin", "listening");
     for listener in listeners {
@@ -123,7 +129,19 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
         tokio::spawn(Arc::clone(&server).accept(listener));
     }
     let (drain_delay, drain_timeout) = (config.server.drain_delay, config.server.drain_timeout);
-    Ok(Running { ledger, server, admin, tls, upstream, tokens, drain_delay, drain_timeout, addresses, admin_address })
+    Ok(Running {
+        ledger,
+        server,
+        admin,
+        tls,
+        upstream,
+        tokens,
+        auth,
+        drain_delay,
+        drain_timeout,
+        addresses,
+        admin_address,
+    })
 }
 
 impl Running {
@@ -138,13 +156,15 @@ impl Running {
         &self.admin_address
     }
 
-    /// From now on reads the files of `[server.tls]`, `[upstream.tls]` and `admin.token_file` again whenever `reload` says
-    /// so. Open connections keep the certificates that they have.
+    /// From now on reads the files of `[server.tls]`, `[upstream.tls]`, `[auth]` and `admin.token_file` again whenever
+    /// `reload` says so, and fetches what `auth.jwks_url` publishes. Open connections keep what they have.
     pub fn reload_on(&self, mut reload: Signal) {
-        let (tls, upstream, tokens) = (self.tls.clone(), Arc::clone(&self.upstream), self.tokens.clone());
+        let (tls, upstream) = (self.tls.clone(), Arc::clone(&self.upstream));
+        let (tokens, auth) = (self.tokens.clone(), self.auth.clone());
         tokio::spawn(async move {
             while reload.recv().await.is_some() {
-                let (tls, upstream, tokens) = (tls.clone(), Arc::clone(&upstream), tokens.clone());
+                let (tls, upstream) = (tls.clone(), Arc::clone(&upstream));
+                let (tokens, auth) = (tokens.clone(), auth.clone());
                 let read = move || {
                     if let Some(tls) = &tls {
                         tls.reload();
@@ -154,14 +174,17 @@ impl Running {
                     }
                     match upstream.reload_tls() {
                         Ok(true) => tracing::info!("the files of upstream.tls were read again"),
-                        Ok(false) if tls.is_some() || tokens.is_some() => {}
+                        Ok(false) if tls.is_some() || tokens.is_some() || auth.is_some() => {}
                         Ok(false) => tracing::info!(
-                            "SIGHUP: there is no [server.tls], [upstream.tls] or admin.token_file to read again"
+                            "SIGHUP: there is no [server.tls], [upstream.tls], [auth] or admin.token_file to read again"
                         ),
                         Err(errors) => errors.iter().for_each(|error| {
                             let key = format!("upstream.tls.{}", error.key);
                             tracing::error!(key, %error, "the files of upstream.tls stay as they were");
                         }),
+                    }
+                    if let Some(auth) = &auth {
+                        auth.reload();
                     }
                 };
                 let _ = tokio::task::spawn_blocking(read).await;

@@ -88,7 +88,7 @@ struct SettledLabel {
 }
 
 /// A route's counters, looked up once at start so that a request costs one atomic increment.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct RouteMetrics([Counter; OUTCOMES.len()]);
 
 impl RouteMetrics {
@@ -153,6 +153,7 @@ impl EncodeMetric for Durations {
 pub struct Metrics {
     requests: Family<RequestLabels, Counter>,
     settled: Family<SettledLabel, Counter>,
+    observed: Family<RequestLabels, Counter>,
     lookups: Family<VerdictLabel, Counter>,
     probes: Family<VerdictLabel, Counter>,
     pub settled_final: Counter,
@@ -187,6 +188,7 @@ impl Default for Metrics {
             settled_not_executed: by_outcome("not_executed"),
             settled_unknown: by_outcome("unknown"),
             settled,
+            observed: Family::default(),
             lookups: Family::default(),
             probes: Family::default(),
             settle_failures: Counter::default(),
@@ -213,10 +215,13 @@ impl Metrics {
     /// The counters of one route; `-` is what matches no route.
     #[must_use]
     pub fn route(&self, route: &str) -> RouteMetrics {
-        RouteMetrics(OUTCOMES.map(|result| {
-            let labels = RequestLabels { route: route.to_owned(), result };
-            self.requests.get_or_create_owned(&labels)
-        }))
+        by_outcome(&self.requests, route)
+    }
+
+    /// The counters of what would have been done on a route; shown for routes that are observed.
+    #[must_use]
+    pub fn observed(&self, route: &str, shown: bool) -> RouteMetrics {
+        if shown { by_outcome(&self.observed, route) } else { RouteMetrics::default() }
     }
 
     /// The upstream was asked what became of a request.
@@ -234,6 +239,11 @@ impl Metrics {
     pub fn registry(&self, gauges: impl Fn() -> Reading + Send + Sync + 'static) -> Registry {
         let mut registry = Registry::with_prefix("oncegate");
         registry.register("requests", "Requests by route and result", self.requests.clone());
+        registry.register(
+            "observed",
+            "Requests by what would have been done, on routes in observe mode",
+            self.observed.clone(),
+        );
         registry.register("settled", "Claims settled, by outcome", self.settled.clone());
         registry.register(
             "lookups",
@@ -353,6 +363,13 @@ impl prometheus_client::collector::Collector for Scrape {
         let mut info = encoder.encode_descriptor("build_info", "The running version", None, build.metric_type())?;
         build.encode(info.encode_family(&[("version", env!("CARGO_PKG_VERSION"))])?)
     }
+}
+
+fn by_outcome(family: &Family<RequestLabels, Counter>, route: &str) -> RouteMetrics {
+    RouteMetrics(OUTCOMES.map(|result| {
+        let labels = RequestLabels { route: route.to_owned(), result };
+        family.get_or_create_owned(&labels)
+    }))
 }
 
 fn as_i64(value: u64) -> i64 {

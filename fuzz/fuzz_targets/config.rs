@@ -24,7 +24,10 @@ fn variables(text: &str) -> Vec<(String, String)> {
 
 /// Settings that depend on one another, each with a few values, of which some are right.
 const SETTINGS: [(&str, &[&str]); 22] = [
-    ("server.listen", &["\"127.0.0.1:9090\"", "[\"localhost:1\", \"LOCALHOST:1\"]", "[]", "\"unix:/a\"", "\"0.0.0.0:0\""]),
+    (
+        "server.listen",
+        &["\"127.0.0.1:9090\"", "[\"localhost:1\", \"LOCALHOST:1\"]", "[]", "\"unix:/a\"", "\"0.0.0.0:0\""],
+    ),
     ("server.workers", &["0", "1024", "1025", "-1"]),
     ("server.trusted_proxies", &["[]", "[\"::1\"]", "[\"x\"]"]),
     ("server.limits.max_body", &["0", "\"2MiB\"", "\"1GiB\""]),

@@ -219,8 +219,9 @@ impl Asked {
         let mut route = ROUTE.clone();
         route.scope = self.parts.iter().map(|(part, _)| part.clone()).collect();
         let peer = Peer { ip: None, trusted: true, https: false, client_cert: None };
-        let request = Request { headers: &self.headers, path: &self.path, params: &self.params, peer: &peer };
-        tenant(&Secret([secret; 32]), &route, &request).ok().map(|(tenant, _)| tenant)
+        let request =
+            Request { headers: &self.headers, path: &self.path, params: &self.params, peer: &peer, claims: None };
+        tenant(&Secret([secret; 32]), &route, &request).ok()
     }
 }
 

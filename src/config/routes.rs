@@ -5,7 +5,7 @@ use super::reader::{At, Errors, Node, Section, Value, boolean, choice, count, du
 use super::sections::COUNT_MAX;
 use crate::gateway::route::Pattern;
 use crate::gateway::scope::{Part, is_credential};
-use crate::gateway::{MissingKey, OnStoreError, ReplayAuth, RouteOptions};
+use crate::gateway::{MissingKey, Mode, OnStoreError, ReplayAuth, RouteOptions};
 use crate::idempotency::outcome::OutcomeLists;
 use crate::idempotency::{Concurrent, FingerprintMode, FingerprintSettings, OutcomeTable, Policy, UnknownOutcome};
 use http::HeaderName;
@@ -20,6 +20,7 @@ const GENERAL_OUTCOMES: &str = "[idempotency.outcomes] ";
 /// Values that were written, each with its place.
 #[derive(Clone, Default)]
 struct Written {
+    mode: Option<(Mode, At)>,
     header: Option<(HeaderName, At)>,
     missing_key: Option<(MissingKey, At)>,
     scope: Option<(Vec<Part>, At)>,
@@ -62,10 +63,7 @@ fn written(section: &mut Section<'_>) -> Written {
             }
         };
     }
-    section.read("mode", |value| match choice(&[("enforce", true), ("observe", false)])(value)? {
-        true => Ok(()),
-        false => Err("\"observe\" is not built yet in this version; use \"enforce\"".to_owned()),
-    });
+    key!(mode, choice(&[("enforce", Mode::Enforce), ("observe", Mode::Observe)]));
     key!(header, key_header);
     let missing = [("pass", MissingKey::Pass), ("reject", MissingKey::Reject), ("derive", MissingKey::Derive)];
     key!(missing_key, choice(&missing));
@@ -171,7 +169,7 @@ fn part(value: &Value) -> Result<Part, String> {
         // A cookie's name is a token (RFC 6265 §4.1.1), as a header's: no request could bear another.
         Some(("cookie", name)) => HeaderName::try_from(name).is_ok().then(|| Part::Cookie(name.to_owned())),
         Some(("path", name)) => Some(Part::PathParam(name.to_owned())),
-        Some(("jwt", _)) => return Err("\"jwt:\" is not built yet in this version".to_owned()),
+        Some(("jwt", claim)) => Some(Part::Jwt(claim.to_owned())),
         // The same header, whichever way it is written.
         Some(("header", name)) => match HeaderName::try_from(name) {
             Ok(name) if name == http::header::AUTHORIZATION => Some(Part::Authorization),
@@ -181,16 +179,21 @@ fn part(value: &Value) -> Result<Part, String> {
         Some(_) => None,
     };
     part.ok_or_else(|| {
-        format!("{text:?} is no part of a scope; there are authorization, client-cert, cookie:NAME, header:NAME, host, path and path:NAME")
+        format!(
+            "{text:?} is no part of a scope; there are authorization, client-cert, cookie:NAME, header:NAME, host, \
+             jwt:CLAIM, path and path:NAME"
+        )
     })
 }
 
-/// What `[server]` does not have, and did not mean to have: neither written nor miswritten.
+/// What `[server]` and `[auth]` do not have, and did not mean to have: neither written nor miswritten.
 #[derive(Clone, Copy)]
 pub(super) struct Absent {
     pub(super) trusted_proxies: bool,
     /// Certificates that clients must show.
     pub(super) client_certs: bool,
+    /// Keys for tokens.
+    pub(super) token_keys: bool,
 }
 
 /// All routes, in order. `upstream_wait`: how long the upstream may be at work on a request.
@@ -296,6 +299,7 @@ fn route(
     let options = RouteOptions {
         pattern,
         case_sensitive,
+        mode: merged.get(|w| &w.mode).unwrap_or(Mode::Enforce),
         header: merged.get(|w| &w.header).unwrap_or(HeaderName::from_static("idempotency-key")),
         missing_key: merged.get(|w| &w.missing_key).unwrap_or(MissingKey::Pass),
         scope: merged.get(|w| &w.scope).unwrap_or_else(|| vec![Part::Authorization, Part::Path]),
@@ -401,6 +405,12 @@ fn contradictions(route: &RouteOptions, merged: &Merged<'_>, absent: Absent, no_
         let message = "has \"client-cert\", which needs server.tls.client_ca and an address that is no Unix socket: \
                        without them no client shows a certificate";
         add(scope_at(), "scope", message);
+    }
+    if absent.token_keys
+        && let Some(part) = route.scope.iter().find(|part| matches!(part, Part::Jwt(_)))
+    {
+        let message = format!("has \"{part}\", which needs auth.jwks_file or auth.jwks_url: no token can be verified");
+        add(scope_at(), "scope", &message);
     }
     if !route.trusted_headers.is_empty() && absent.trusted_proxies {
         let message = "needs server.trusted_proxies: from anyone else these headers are refused";

@@ -1,6 +1,7 @@
 //! Sections, key by key, with their defaults.
 
 use super::Config;
+use super::auth::Auth;
 use super::reader::{At, Errors, Node, Section, Value, boolean, choice, count, duration, size, string};
 use super::routes::{self, Absent};
 use super::upstream;
@@ -44,13 +45,17 @@ pub(super) fn resolve(root: Node, errors: &mut Errors) -> Option<Config> {
     let cache_node = top.take("cache");
     let store_node = top.take("store");
     let admin_node = top.take("admin");
-    top.not_built("auth");
+    let auth_node = top.take("auth");
     top.finish();
 
     let (server, client) = server_section(server_node, errors);
     let upstream = upstream::resolve(upstream_node, errors);
+    let auth = Auth::read(auth_node, errors);
+    let before = errors.count();
+    let absent = Absent { token_keys: auth.has_no_keys, ..client.absent };
     let wait = upstream.as_ref().map_or(Duration::ZERO, |up| up.response_timeout + up.late_window);
-    let routes = routes::resolve(routes_node, idempotency_node, client.absent, wait, errors);
+    let routes = routes::resolve(routes_node, idempotency_node, absent, wait, errors);
+    let auth = auth.resolve(&routes, errors.count() == before, errors);
     let ledger = cache_section(cache_node, errors);
     let store = store_section(store_node, errors);
     let (admin, admin_at) = admin_section(admin_node, errors);
@@ -59,7 +64,8 @@ pub(super) fn resolve(root: Node, errors: &mut Errors) -> Option<Config> {
     let limits = &server.limits;
     let tunnels = tunnel::Limits { write_timeout: limits.write_timeout, half_closed_timeout: limits.idle_timeout };
     let upstream = upstream?;
-    let gateway = gateway::Options { routes, trusted_proxies, max_body, max_buffered, body_timeout, tunnels, upstream };
+    let gateway =
+        gateway::Options { routes, trusted_proxies, max_body, max_buffered, body_timeout, tunnels, upstream, auth };
     Some(Config { server, gateway, ledger, store, admin })
 }
 
@@ -158,7 +164,7 @@ fn server_section(node: Option<Node>, errors: &mut Errors) -> (server::Options, 
     let client = Client {
         listen_at,
         trusted_proxies,
-        absent: Absent { trusted_proxies: no_trusted_proxies, client_certs: no_client_certs },
+        absent: Absent { trusted_proxies: no_trusted_proxies, client_certs: no_client_certs, token_keys: true },
         max_body: to_usize(max_body),
         max_buffered: to_usize(max_buffered),
         body_timeout,

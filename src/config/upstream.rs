@@ -92,14 +92,14 @@ fn tls(node: Option<Node>, at: &At, url: Option<&Url>, errors: &mut Errors) -> O
 }
 
 /// What `upstream.url` says.
-struct Url {
-    endpoint: Endpoint,
-    authority: HeaderValue,
+pub(super) struct Url {
+    pub(super) endpoint: Endpoint,
+    pub(super) authority: HeaderValue,
     /// https.
-    secure: bool,
+    pub(super) secure: bool,
 }
 
-fn url(text: &str) -> Result<Url, String> {
+pub(super) fn url(text: &str) -> Result<Url, String> {
     if let Some(path) = text.strip_prefix("unix:") {
         if !path.starts_with('/') {
             return Err(format!("{text:?} needs an absolute path"));

@@ -1,5 +1,6 @@
 //! Request bodies: buffered with a cap for intercepted requests, handed on as they come otherwise.
 
+use super::observe::Tee;
 use super::problem::{Code, Problem};
 use crate::ledger::{Budget, Held};
 use bytes::{Bytes, BytesMut};
@@ -96,6 +97,8 @@ pub enum ForwardBody {
     Full(Option<Bytes>),
     /// Streamed from the client.
     Upload(Incoming),
+    /// The same, under observation.
+    Observed(Box<Tee>),
 }
 
 impl ForwardBody {
@@ -113,6 +116,7 @@ impl Body for ForwardBody {
         match self.get_mut() {
             Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Upload(body) => Pin::new(body).poll_frame(cx),
+            Self::Observed(body) => Pin::new(&mut **body).poll_frame(cx),
         }
     }
 
@@ -120,6 +124,7 @@ impl Body for ForwardBody {
         match self {
             Self::Full(bytes) => bytes.is_none(),
             Self::Upload(body) => body.is_end_stream(),
+            Self::Observed(body) => body.is_end_stream(),
         }
     }
 
@@ -127,6 +132,7 @@ impl Body for ForwardBody {
         match self {
             Self::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
             Self::Upload(body) => body.size_hint(),
+            Self::Observed(body) => body.size_hint(),
         }
     }
 }

@@ -2,7 +2,7 @@
 //! start unnoticed, since every retry would be a new request to it.
 
 use super::route::{Pattern, Segment};
-use super::{MissingKey, RouteOptions};
+use super::{MissingKey, Mode, RouteOptions};
 use serde::{Deserialize, Serialize};
 
 /// Version of the path normalisation and of the way in which scope parts are hashed.
@@ -48,7 +48,8 @@ impl RouteIdentity {
 /// The identities of all routes, in order.
 #[must_use]
 pub fn of(routes: &[RouteOptions]) -> Vec<RouteIdentity> {
-    routes.iter().map(RouteIdentity::new).collect()
+    // A route that is only observed makes no ids.
+    routes.iter().filter(|route| route.mode == Mode::Enforce).map(RouteIdentity::new).collect()
 }
 
 /// Compares today's identities with those that the store has noted. Returns what is to be noted from now on: today's, and

@@ -1,9 +1,10 @@
 //! What the gateway is told by the configuration.
 
-use super::{lookup, probe, route, scope, tunnel, upstream};
+use super::{jwt, lookup, probe, route, scope, tunnel, upstream};
 use crate::idempotency::{FingerprintSettings, OutcomeTable, Policy};
 use http::HeaderName;
 use ipnet::IpNet;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Everything the gateway needs to know that is not about connections.
@@ -18,6 +19,15 @@ pub struct Options {
     pub body_timeout: Duration,
     pub tunnels: tunnel::Limits,
     pub upstream: upstream::Options,
+    /// Where a scope has a `jwt:` part.
+    pub auth: Option<Arc<jwt::Auth>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    Enforce,
+    /// Change nothing, but count and log what would have been done.
+    Observe,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +57,7 @@ pub enum ReplayAuth {
 pub struct RouteOptions {
     pub pattern: route::Pattern,
     pub case_sensitive: bool,
+    pub mode: Mode,
     /// The header that bears the key.
     pub header: HeaderName,
     pub missing_key: MissingKey,

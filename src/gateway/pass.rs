@@ -2,6 +2,7 @@
 
 use super::body::ForwardBody;
 use super::headers::{self, last_hop, strip_hop_by_hop};
+use super::observe::{Observed, Tee};
 use super::problem::{Code, Problem};
 use super::reply::ReplyBody;
 use super::tunnel::Offer;
@@ -24,6 +25,7 @@ impl Gateway {
         peer: &Peer,
         metrics: &RouteMetrics,
         chained: bool,
+        observed: Option<Arc<Observed>>,
     ) -> Response<ReplyBody> {
         let method = request.method().clone();
         if last_hop(&method, request.headers_mut()) {
@@ -40,12 +42,18 @@ impl Gateway {
         parts.version = Version::HTTP_11;
         parts.extensions.clear();
         let body = if body.is_end_stream() {
+            if let Some(observed) = &observed {
+                observed.body_ended();
+            }
             ForwardBody::Full(None)
         } else {
             if !parts.headers.contains_key(CONTENT_LENGTH) {
                 parts.headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
             }
-            ForwardBody::Upload(body)
+            match &observed {
+                None => ForwardBody::Upload(body),
+                Some(observed) => ForwardBody::Observed(Box::new(Tee::new(body, Arc::clone(observed)))),
+            }
         };
         let (response_timeout, body_timeout) = (self.options.upstream.response_timeout, self.options.body_timeout);
         let patience =
@@ -53,6 +61,10 @@ impl Gateway {
         let started = Instant::now();
         let sent = self.upstream.send(Request::from_parts(parts, body), Some(patience)).await;
         self.metrics.upstream_seconds.observe(started.elapsed());
+        let sent = match observed {
+            None => sent,
+            Some(observed) => observed.answered(sent),
+        };
         match sent {
             Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
                 let offer = offer.filter(|offer| offer.accepted_by(response.headers()));

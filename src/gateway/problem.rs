@@ -2,7 +2,7 @@
 
 use super::reply::ReplyBody;
 use bytes::Bytes;
-use http::header::{CONNECTION, CONTENT_TYPE, RETRY_AFTER};
+use http::header::{CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use std::borrow::Cow;
 
@@ -11,6 +11,7 @@ pub enum Code {
     KeyMissing,
     KeyInvalid,
     ScopeMissing,
+    TokenInvalid,
     PathAmbiguous,
     BadRequest,
     TargetTooLong,
@@ -38,6 +39,7 @@ impl Code {
             Self::KeyMissing => ("key_missing", S::BAD_REQUEST, "Idempotency key missing"),
             Self::KeyInvalid => ("key_invalid", S::BAD_REQUEST, "Idempotency key invalid"),
             Self::ScopeMissing => ("scope_missing", S::BAD_REQUEST, "The key's owner cannot be told"),
+            Self::TokenInvalid => ("token_invalid", S::UNAUTHORIZED, "Token invalid"),
             Self::PathAmbiguous => ("path_ambiguous", S::BAD_REQUEST, "Ambiguous path"),
             Self::BadRequest => ("bad_request", S::BAD_REQUEST, "Bad request"),
             Self::TargetTooLong => ("target_too_long", S::URI_TOO_LONG, "Target too long"),
@@ -54,7 +56,7 @@ impl Code {
             Self::StoreUnavailable => ("store_unavailable", S::SERVICE_UNAVAILABLE, "Store unavailable"),
             Self::Overloaded => ("overloaded", S::SERVICE_UNAVAILABLE, "Overloaded"),
             Self::Draining => ("draining", S::SERVICE_UNAVAILABLE, "Draining"),
-            Self::ProbeFailed => ("probe_failed", S::SERVICE_UNAVAILABLE, "The right to the answer is not known"),
+            Self::ProbeFailed => ("probe_failed", S::SERVICE_UNAVAILABLE, "The caller could not be checked"),
         }
     }
 
@@ -92,6 +94,8 @@ pub struct Problem {
     retry_after: Option<u32>,
     /// The RFC 9209 error type, where the upstream is at fault.
     proxy_error: Option<&'static str>,
+    /// What `WWW-Authenticate` says, where a credential is at fault.
+    challenge: Option<HeaderValue>,
     /// Whether this gateway keeps the record, if there must be one.
     recorded: bool,
     /// Further members of the body.
@@ -118,7 +122,8 @@ impl Problem {
     #[must_use]
     pub fn new(code: Code, detail: impl Into<Cow<'static, str>>) -> Self {
         let retry_after = code.retry_after();
-        Self { code, detail: detail.into(), retry_after, proxy_error: None, recorded: true, members: Vec::new() }
+        let (proxy_error, challenge, members) = (None, None, Vec::new());
+        Self { code, detail: detail.into(), retry_after, proxy_error, challenge, recorded: true, members }
     }
 
     /// The duplicate of a request in flight; `late`: its first caller has got a 504, so it may take longer.
@@ -136,6 +141,18 @@ impl Problem {
     pub fn outcome_unknown() -> Self {
         let detail = "The request may have been executed; find out from the API before you send it with another key.";
         Self::new(Code::OutcomeUnknown, detail)
+    }
+
+    /// A bearer token that does not verify, and what is wrong with it.
+    #[must_use]
+    pub fn token_invalid(what: &str) -> Self {
+        let mut problem = Self::new(Code::TokenInvalid, format!("{what}; nothing was sent on: get a valid token."));
+        // RFC 6750 §3: neither quotes nor a backslash, and ASCII alone.
+        let plain = |c: char| matches!(c, ' ' | '!' | '#'..='[' | ']'..='~');
+        let described = what.chars().map(|c| if plain(c) { c } else { '?' }).take(200).collect::<String>();
+        let challenge = format!("Bearer error=\"invalid_token\", error_description=\"{described}\"");
+        problem.challenge = HeaderValue::try_from(challenge).ok();
+        problem
     }
 
     #[must_use]
@@ -218,6 +235,9 @@ impl Problem {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(PROBLEM_JSON));
         if let Some(seconds) = self.retry_after {
             headers.insert(RETRY_AFTER, seconds.into());
+        }
+        if let Some(challenge) = self.challenge {
+            headers.insert(WWW_AUTHENTICATE, challenge);
         }
         if let Some(error) = self.proxy_error
             && let Ok(value) = HeaderValue::try_from(format!("oncegate; error={error}"))

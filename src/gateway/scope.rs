@@ -1,6 +1,7 @@
 //! The tenant scope: to whom a key belongs.
 
 use super::headers::connection_names;
+use super::jwt::Claims;
 use super::path::{NormalPath, Params};
 use super::problem::{Code, Problem};
 use super::{Peer, RouteOptions};
@@ -21,6 +22,8 @@ pub enum Part {
     Path,
     /// A parameter of the route's pattern.
     PathParam(String),
+    /// A claim of a verified bearer token.
+    Jwt(String),
 }
 
 impl Part {
@@ -34,6 +37,7 @@ impl Part {
             Self::Host => ["host", ""],
             Self::Path => ["path", ""],
             Self::PathParam(name) => ["path:", name],
+            Self::Jwt(claim) => ["jwt:", claim],
         }
     }
 }
@@ -100,12 +104,27 @@ pub struct Request<'a> {
     pub path: &'a NormalPath,
     pub params: &'a Params,
     pub peer: &'a Peer,
+    /// Of its bearer token, where a part asks for that and there is one.
+    pub claims: Option<&'a Claims>,
+}
+
+/// The token that `jwt:` parts are about: a bearer token (RFC 6750 §2.1), where there is one.
+///
+/// # Errors
+/// [`Code::ScopeMissing`] if `Authorization` stands on two lines, or is named in `Connection`.
+pub(super) fn bearer<'a>(route: &RouteOptions, headers: &'a HeaderMap) -> Result<Option<&'a [u8]>, Problem> {
+    if !route.scope.iter().any(|part| matches!(part, Part::Jwt(_))) {
+        return Ok(None);
+    }
+    let Some(value) = only_line(&AUTHORIZATION, headers)? else { return Ok(None) };
+    let (scheme, token) = value.split_at(value.iter().position(u8::is_ascii_whitespace).unwrap_or(value.len()));
+    Ok(scheme.eq_ignore_ascii_case(b"Bearer").then(|| token.trim_ascii()))
 }
 
 /// Tells whose key it is.
 ///
 /// # Errors
-/// [`Code::ScopeMissing`] if that cannot be told safely.
+/// [`Code::ScopeMissing`] if that cannot be told safely, [`Code::TokenInvalid`] if a token lacks the claim that tells it.
 pub fn tenant(secret: &Secret, route: &RouteOptions, request: &Request<'_>) -> Result<Tenant, Problem> {
     check_trusted(route, request)?;
     // With room for the key.
@@ -141,6 +160,16 @@ pub fn tenant(secret: &Secret, route: &RouteOptions, request: &Request<'_>) -> R
                 let value = request.params.iter().find(|(param, _)| param == name);
                 feed(&mut parts, &kind, value.map(|(_, value)| value.as_slice()));
             }
+            Part::Jwt(name) => {
+                bound = true;
+                let claim = request.claims.map(|claims| claims.get(name)).transpose()?;
+                present |= claim.is_some();
+                feed(&mut parts, &kind, claim.map(|claim| claim.kind.as_bytes()));
+                if let Some(claim) = claim {
+                    feed(&mut parts, &["issuer"], claim.issuer.map(str::as_bytes));
+                    feed(&mut parts, &["claim"], Some(claim.value.as_bytes()));
+                }
+            }
         }
     }
     if bound && !present {
@@ -153,7 +182,7 @@ pub fn tenant(secret: &Secret, route: &RouteOptions, request: &Request<'_>) -> R
 #[must_use]
 pub fn is_credential(part: &Part, route: &RouteOptions) -> bool {
     match part {
-        Part::Authorization | Part::ClientCert | Part::Cookie(_) => true,
+        Part::Authorization | Part::ClientCert | Part::Cookie(_) | Part::Jwt(_) => true,
         Part::Header(name) => route.credential_headers.contains(name) || route.trusted_headers.contains(name),
         Part::Host | Part::Path | Part::PathParam(_) => false,
     }
@@ -166,6 +195,16 @@ fn credential<'a>(part: &Part, headers: &'a HeaderMap) -> Result<Option<&'a [u8]
         Part::Header(name) => name,
         _ => &AUTHORIZATION,
     };
+    let value = only_line(name, headers)?;
+    match part {
+        Part::Cookie(wanted) => cookie(value.unwrap_or_default(), wanted.as_bytes()),
+        Part::Authorization => value.map_or(Ok(None), |value| check_scheme(value).map(|()| Some(value))),
+        _ => Ok(value),
+    }
+}
+
+/// The value of a header on one line; an empty one counts as absent.
+fn only_line<'a>(name: &HeaderName, headers: &'a HeaderMap) -> Result<Option<&'a [u8]>, Problem> {
     let mut lines = headers.get_all(name).iter();
     let value = lines.next().map(|value| value.as_bytes().trim_ascii());
     if lines.next().is_some() {
@@ -174,12 +213,7 @@ fn credential<'a>(part: &Part, headers: &'a HeaderMap) -> Result<Option<&'a [u8]
     if connection_names(headers, name) {
         return Err(missing(format!("{name} must not be named in Connection, it tells whose key this is.")));
     }
-    let value = value.filter(|value| !value.is_empty());
-    match part {
-        Part::Cookie(wanted) => cookie(value.unwrap_or_default(), wanted.as_bytes()),
-        Part::Authorization => value.map_or(Ok(None), |value| check_scheme(value).map(|()| Some(value))),
-        _ => Ok(value),
-    }
+    Ok(value.filter(|value| !value.is_empty()))
 }
 
 /// RFC 6265 §4.2.1. A cookie that is sent twice belongs to two paths or domains: which one counts is not ours to guess.
@@ -283,7 +317,7 @@ mod tests {
         let path = NormalPath::new(asked.path.as_bytes());
         let params = super::super::path::matches(&route.pattern, true, &path).unwrap_or_default();
         let peer = Peer { ip: None, trusted: asked.trusted, https: false, client_cert: None };
-        let request = Request { headers: &asked.headers, path: &path, params: &params, peer: &peer };
+        let request = Request { headers: &asked.headers, path: &path, params: &params, peer: &peer, claims: None };
         let id = tenant(&SECRET, route, &request)?.record_id(b"key");
         Ok((id, credentials(&SECRET, route, &request)))
     }
@@ -327,10 +361,30 @@ mod tests {
         assert_eq!(id.to_string(), "4300e6629064dd02c6b3fd50a49d5041");
         let path = NormalPath::new(asked.path.as_bytes());
         let peer = Peer { ip: None, trusted: false, https: false, client_cert: None };
-        let request = Request { headers: &asked.headers, path: &path, params: &Params::default(), peer: &peer };
+        let request =
+            Request { headers: &asked.headers, path: &path, params: &Params::default(), peer: &peer, claims: None };
         let tenant = tenant(&SECRET, &route, &request).unwrap();
         assert_eq!(tenant.derive_key(&[5; 32]), "c6ac4a5f42ebdbb88e2955388993d48bcc18b1ef409dbc1479f6eeffd8414dd5");
         assert_eq!(credentials.0[..4], [107, 199, 224, 187]);
+    }
+
+    #[test]
+    fn a_token_is_looked_at_where_a_part_is_about_it() {
+        let fields = [("authorization", "Bearer a.b.c")];
+        let route = route_options(&[Part::Jwt("sub".to_owned())]);
+        assert_eq!(bearer(&route, &asked(&fields).headers).unwrap(), Some(b"a.b.c".as_slice()));
+        assert_eq!(bearer(&route_options(&[Part::Authorization]), &asked(&fields).headers).unwrap(), None);
+        for value in ["Basic a", "Bearera", "", "DPoP a.b.c"] {
+            assert_eq!(bearer(&route, &asked(&[("authorization", value)]).headers).unwrap(), None, "{value}");
+        }
+        for value in ["Bearer", "Bearer  ", "bearer\t"] {
+            let found = asked(&[("authorization", value)]);
+            assert_eq!(bearer(&route, &found.headers).unwrap(), Some(b"".as_slice()), "{value}");
+        }
+        assert!(bearer(&route, &asked(&[fields[0], fields[0]]).headers).is_err());
+        assert!(bearer(&route, &asked(&[fields[0], ("connection", "authorization")]).headers).is_err());
+        // One that nobody has verified counts for nothing.
+        assert!(refused(&route, &asked(&fields)));
     }
 
     #[test]

@@ -328,3 +328,67 @@ async fn a_record_that_cannot_be_read_is_neither_shown_nor_touched() {
     }
     assert_eq!(stored(&bench), before);
 }
+
+/// Fills the store with unknown records; the body of the value stands for a large response.
+fn fill(bench: &Bench, count: u64, body_len: usize) {
+    let mut state = bench.store.state.lock().unwrap();
+    for n in 1..=count {
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&n.to_be_bytes());
+        let response = Response { status: 200, headers: Vec::new(), body: vec![b'x'; body_len].into() };
+        let (completed_at, expires_at) = (START, START.plus(if n == 2 { 0 } else { 1000 }));
+        let record = Record {
+            origin: Origin { attempts: u32::try_from(n).unwrap(), ..arrival(1, 1).origin },
+            fingerprint: arrival(1, 1).fingerprint,
+            token: ClaimToken([1; 16]),
+            state: State::Completed { response: Recorded::Full(response), completed_at, expires_at },
+        };
+        state.entries.insert(RecordId(id), Entry { version: Version(n), value: to_value(&record) });
+    }
+}
+
+fn numbers(listed: &Listed) -> Vec<u32> {
+    listed.records.iter().map(|shown| shown.record.origin.attempts).collect()
+}
+
+#[tokio::test]
+async fn a_list_goes_on_where_its_page_has_ended_and_leaves_out_what_has_expired() {
+    let bench = bench();
+    fill(&bench, 7, 1);
+    let page = bench.ledger.list(None, 0, 3, |_| true).await.unwrap();
+    assert_eq!(numbers(&page), [1, 3, 4]);
+    let rest = bench.ledger.list(None, page.next.unwrap(), 100, |_| true).await.unwrap();
+    assert_eq!((numbers(&rest), rest.next), (vec![5, 6, 7], None));
+    let odd = bench.ledger.list(None, 0, 2, |record| record.origin.attempts > 5).await.unwrap();
+    assert_eq!(numbers(&odd), [6, 7]);
+    let none = bench.ledger.list(Some(tags::UNKNOWN), 0, 10, |_| true).await.unwrap();
+    assert_eq!((numbers(&none), none.next), (vec![], None));
+}
+
+#[tokio::test]
+async fn a_page_is_bounded_work() {
+    let bench = bench();
+    fill(&bench, 5000, 1);
+    let (mut after, mut pages) = (0, 0);
+    loop {
+        let visits = std::cell::Cell::new(0);
+        let wanted = |record: &Record| {
+            visits.set(visits.get() + 1);
+            record.origin.attempts == 4999
+        };
+        let page = bench.ledger.list(None, after, 1000, wanted).await.unwrap();
+        pages += 1;
+        assert!(visits.get() <= 2048, "{}", visits.get());
+        let Some(next) = page.next else {
+            assert_eq!(numbers(&page), [4999]);
+            break;
+        };
+        assert!(page.records.is_empty());
+        after = next;
+    }
+    assert_eq!(pages, 3);
+    let large = self::bench();
+    fill(&large, 100, 1 << 20);
+    let page = large.ledger.list(None, 0, 1000, |_| true).await.unwrap();
+    assert!(page.next.is_some() && page.records.len() <= 64, "{}", page.records.len());
+}

@@ -268,12 +268,45 @@ fn every_act_that_lands_is_logged_and_no_other() {
 }
 
 #[test]
-fn a_store_that_has_failed_says_so() {
-    let upstream = Upstream::counting();
-    let gateway = Gateway::start(&upstream, "store.engine = \"memory\"\nserver.drain_delay = \"1h\"");
-    gateway.post("k", "{}");
-    assert_eq!(get(&gateway, "/records").status, 200);
+fn the_admin_address_takes_acts_while_the_gateway_drains() {
+    let (_upstream, gateway, id) = with_unknown("server.drain_delay = \"1h\"", "unknown");
     gateway.terminate();
     gateway.wait_for_log("draining");
-    assert_eq!(list(&gateway, "").len(), 1, "the admin address stays while it drains");
+    assert_eq!(resolve(&gateway, &id, &json!({ "response": BY_HAND })).status, 200);
+    assert_eq!(gateway.post("unknown", "{}").text(), "by hand");
+}
+
+/// Its bytes rot on the disk: it is neither absent nor readable.
+#[test]
+fn a_record_that_cannot_be_read_is_said_to_be_so_and_left_alone() {
+    const MARK: &str = "a body that can be found on the disk";
+    let upstream = Upstream::scripted(|_, reply| reply.send(201, &[], MARK.repeat(1000)));
+    let gateway = Gateway::start(&upstream, "cache.max_bytes = 0");
+    gateway.post("k", "{}");
+    gateway.post("other", "{}");
+    let id = id(&gateway, "k");
+    let gateway = gateway.restart();
+    let mut rotten = 0;
+    let mut directories = vec![gateway.data()];
+    while let Some(directory) = directories.pop() {
+        for path in std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()) {
+            if path.is_dir() {
+                directories.push(path);
+                continue;
+            }
+            let bytes = std::fs::read(&path).unwrap();
+            if let Some(at) = bytes.windows(MARK.len()).position(|window| window == MARK.as_bytes()) {
+                let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+                std::os::unix::fs::FileExt::write_all_at(&file, b"X", at as u64).unwrap();
+                rotten += 1;
+            }
+        }
+    }
+    assert_eq!(rotten, 1, "the first record in the log");
+    get(&gateway, &format!("/records/{id}")).expect_problem(503, "store_unavailable");
+    resolve(&gateway, &id, &json!({ "not_executed": true })).expect_problem(503, "store_unavailable");
+    forget(&gateway, &id).expect_problem(503, "store_unavailable");
+    assert_eq!(list(&gateway, "").iter().map(|record| record["key"].clone()).collect::<Vec<_>>(), ["other"]);
+    gateway.post("k", "{}").expect_problem(409, "outcome_unknown");
+    assert_eq!(upstream.executions("k"), 1);
 }

@@ -124,7 +124,7 @@ fn why_an_outcome_is_unknown_is_told() {
     let in_flight = |gateway: &Gateway, key| {
         let mut client = Client::connect(gateway.addr);
         client.send(post("/posts", key, "{}"));
-        eventually("it is claimed", || list(gateway, &format!("key={key}")).pop());
+        eventually("it is sent", || (upstream.executions(key) == 1).then_some(()));
         client
     };
     let crashing = Gateway::start(&upstream, "");
@@ -297,6 +297,9 @@ fn what_is_not_understood_is_refused() {
     ] {
         get(&gateway, path).expect_problem(404, "record_not_found");
     }
+    let mut client = crate::support::Client::connect(gateway.admin);
+    client.send("HEAD /records HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    assert!(client.read_head().starts_with("HTTP/1.1 200 ") && client.at_end());
     for (method, path, allow) in [
         ("POST", "/records".to_owned(), "GET, HEAD"),
         ("DELETE", "/records".to_owned(), "GET, HEAD"),

@@ -5,6 +5,7 @@
 pub mod client;
 pub mod gateway;
 pub mod h2;
+pub mod jwt;
 pub mod tls;
 pub mod tls_front;
 pub mod upstream;
