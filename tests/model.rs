@@ -1,7 +1,7 @@
 //! An exhaustive breadth-first search over the real `step`: three requests on one key (two with the same payload, one
 //! with another) at gateways that may die at any instant, a store whose answers get lost and whose writes land late,
 //! a clock, renewals, recovery at start, an operator who settles by hand what he has found out, and an upstream that
-//! executes, refuses, or says nothing.
+//! executes at once or later, refuses, or says nothing, and may be asked what it has executed.
 //!
 //! The store is one register, changed by compare-and-swap with versions that never repeat. Two abstractions keep the
 //! search finite and complete, without a bound on time: a time is the ticks left until it (0: over), and a version is
@@ -14,7 +14,7 @@
 use bytes::Bytes;
 use oncegate::idempotency::{
     ClaimToken, Concurrent, Decision, Event, Evidence, Fingerprint, Millis, Origin, Outcome, Policy, Record, Recorded,
-    RejectReason, Resolution, Response, State, Step, UnknownOutcome, Why, Write, step,
+    RejectReason, Resolution, Response, State, Step, UnknownOutcome, Verdict, Why, Write, step,
 };
 use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasherDefault, Hash, Hasher};
@@ -23,6 +23,8 @@ const NOW: Millis = Millis(1_000);
 const LEASE: u8 = 1;
 const RETENTION: u8 = 1;
 const UNKNOWN_RETENTION: u8 = 1;
+/// Whether it has passed is modelled by what it is for: whether the upstream may still be at an earlier send.
+const MIN_AGE: u64 = 1;
 /// What must hold, always.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Invariant {
@@ -88,7 +90,21 @@ enum Mutant {
     OperatorIsNotToldOfClaims,
     OperatorActsUnconditionally,
     OperatorTriesAgain,
+    VerdictForAnyClaim,
+    NoMinAge,
+    MinAgeCountsToTheAnswer,
+    LookupOfALiveClaim,
+    UndecidedIsNotExecuted,
 }
+
+/// What only happens where the upstream is asked.
+const OF_LOOKUPS: [Mutant; 5] = [
+    Mutant::VerdictForAnyClaim,
+    Mutant::NoMinAge,
+    Mutant::MinAgeCountsToTheAnswer,
+    Mutant::LookupOfALiveClaim,
+    Mutant::UndecidedIsNotExecuted,
+];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Rec {
@@ -212,6 +228,15 @@ enum By {
     Recover,
     Sweep,
     Operate(Hand),
+    LookedUp(Told),
+}
+
+/// What the upstream said when it was asked; that nothing was executed it says of now, not of what it has yet to begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Told {
+    Executed(u8),
+    NotExecuted,
+    Nothing,
 }
 
 /// What an operator does. He says the truth, as it was when he looked at the record.
@@ -238,6 +263,8 @@ enum Then {
     Refuse,
     Conclude,
     Renewed,
+    Ask,
+    Replay,
 }
 
 /// How a forward has ended.
@@ -270,6 +297,18 @@ enum Phase {
     /// Settled as unknown, but the answer may still come.
     Listening {
         answer: u8,
+    },
+    /// The upstream has the request, and executes it later, or never.
+    Queued,
+    /// The upstream is to be asked what became of this holder's request.
+    Asking {
+        of: u8,
+    },
+    /// `early`: when it was asked, it may still have been about to execute an earlier send.
+    Told {
+        of: u8,
+        told: Told,
+        early: bool,
     },
     /// The client is answered, but a claim of its own may still land late: then it is settled as not executed.
     GaveUp,
@@ -306,6 +345,8 @@ struct World {
     acts: u8,
     // What nobody in the model knows: the truth, for one retention period.
     executions: u8,
+    /// The requests that the upstream has yet to execute or to drop, a bit each.
+    queued: u8,
     /// The execution that an upstream which honours keys answers with again.
     executed: u8,
     /// The final answer that clients have seen.
@@ -316,7 +357,7 @@ struct World {
 impl World {
     /// The time of the record is over: what was executed until now is no longer promised.
     fn period_over(&mut self) {
-        (self.executions, self.executed, self.seen) = (0, 0, 0);
+        (self.executions, self.executed, self.seen, self.queued) = (0, 0, 0, 0);
         for actor in &mut self.actors {
             actor.outdated |= !matches!(actor.phase, Phase::Idle | Phase::Done | Phase::Dead);
         }
@@ -360,6 +401,10 @@ impl Model {
         self.policy.unknown_outcome == UnknownOutcome::Forward
     }
 
+    fn looks_up(&self) -> bool {
+        matches!(self.policy.unknown_outcome, UnknownOutcome::Lookup { .. })
+    }
+
     fn shared(&self) -> bool {
         self.policy.lease_ms.is_some()
     }
@@ -378,6 +423,7 @@ impl Model {
             renewals: self.size.renewals,
             acts: self.size.acts,
             executions: 0,
+            queued: 0,
             executed: 0,
             seen: 0,
             claim_given_up: false,
@@ -429,6 +475,19 @@ impl Model {
             }
             (Some(Mutant::ResolveSettlesForAnother), Event::Resolve(_), Some(record)) => record.token = token(9),
             (Some(Mutant::OperatorIsNotToldOfClaims), Event::Forget, Some(record)) if lapsed(record) => stored = None,
+            (Some(Mutant::VerdictForAnyClaim), Event::LookedUp { of, .. }, Some(record)) => *of = record.token,
+            (Some(Mutant::LookupOfALiveClaim), Event::Arrive { .. } | Event::LookedUp { .. }, Some(record)) => {
+                if let State::Claimed { .. } = record.state {
+                    record.state = State::Unknown { why: Why::Lease, since: NOW, expires_at: NOW.plus(1) };
+                }
+            }
+            (
+                Some(Mutant::UndecidedIsNotExecuted),
+                Event::LookedUp { verdict: verdict @ Verdict::Undecided, .. },
+                _,
+            ) => {
+                *verdict = Verdict::NotExecuted;
+            }
             (Some(Mutant::RecoverFrees), Event::Recover, Some(Record { state: State::Claimed { .. }, .. })) => {
                 return Step { write: Write::Remove, decision: Decision::Settled };
             }
@@ -492,7 +551,8 @@ impl Model {
 
     fn check_change(&self, world: &World, actor: usize, by: By, new: Option<Rec>) -> Checked {
         let Some(old) = world.store else {
-            let claim = by == By::Arrive && new.is_some_and(|new| new.claimed() && usize::from(new.holder) == actor);
+            let arrives = matches!(by, By::Arrive | By::LookedUp(_));
+            let claim = arrives && new.is_some_and(|new| new.claimed() && usize::from(new.holder) == actor);
             return self.hold(OnlyTheHolderSettles, claim || new.is_none());
         };
         if matches!(by, By::Settle(_) | By::Renew) {
@@ -510,13 +570,23 @@ impl Model {
             Is::Claimed { .. } => {
                 let given_up =
                     new.is_some_and(|new| matches!(new.state, Is::Unknown { .. }) && new.holder == old.holder);
-                let lapsed = old.lapsed() && by == By::Arrive && (given_up || resent && self.forward());
+                let arrives = matches!(by, By::Arrive | By::LookedUp(_));
+                let lapsed = old.lapsed() && arrives && (given_up || resent && self.forward());
                 let found_at_start = by == By::Recover && given_up;
                 let held = matches!(by, By::Settle(_) | By::Renew);
                 self.hold(ClaimsStay, lapsed || found_at_start || held)
             }
             _ if old.expired() => Ok(()),
             Is::Completed { .. } => self.hold(CompletedStays, forgotten),
+            Is::Unknown { .. } if matches!(by, By::LookedUp(_)) => {
+                let claimed = new.is_some_and(|new| new.claimed() && usize::from(new.holder) == actor);
+                self.hold(FreedOnlyUnexecuted, !claimed || world.executions == 0 && world.queued == 0)?;
+                let answered = new.is_some_and(|new| {
+                    let Is::Completed { answer, .. } = new.state else { return false };
+                    by == By::LookedUp(Told::Executed(answer)) && new.holder == old.holder
+                });
+                self.hold(UnknownStays, claimed && by == By::LookedUp(Told::NotExecuted) || answered)
+            }
             Is::Unknown { .. } if by == By::Operate(Hand::NotExecuted) => {
                 self.hold(FreedOnlyUnexecuted, new.is_none() && world.executions == 0)
             }
@@ -568,7 +638,11 @@ impl Model {
         let live = stored.filter(|rec| !rec.expired());
         let other_payload = live.is_some_and(|rec| rec.payload != self.size.payloads[actor]);
         self.hold(PayloadsApart, other_payload == (decision == Decision::Reject(RejectReason::KeyReused)))?;
-        let then = if matches!(decision, Decision::Forward { .. }) { Then::Forward } else { Then::Refuse };
+        let then = match decision {
+            Decision::Forward { .. } => Then::Forward,
+            Decision::Lookup => Then::Ask,
+            _ => Then::Refuse,
+        };
         if let Some(pending) = self.pending(world, &write, By::Arrive, then) {
             let this = &mut world.actors[actor];
             if let Some(Rec { state: Is::Claimed { lease: Some(lease) }, .. }) = pending.new {
@@ -576,8 +650,6 @@ impl Model {
                 let shorter = if this.issued { this.lease.min(lease) } else { lease };
                 this.lease = if self.is(Mutant::RetryProlongsTheLease) { lease } else { shorter };
             }
-            this.write = Some(pending);
-            this.phase = Phase::Arriving;
             this.write = Some(pending);
             this.phase = Phase::Arriving;
             if self.is(Mutant::ClaimCountsBeforeItLands) && then == Then::Forward {
@@ -589,6 +661,63 @@ impl Model {
         match decision {
             Decision::Replay => {
                 if let Some(Rec { state: Is::Completed { answer, .. }, .. }) = stored {
+                    self.see(world, answer)?;
+                }
+                self.finish(world, actor);
+            }
+            Decision::Wait { .. } => world.actors[actor].phase = Phase::Waiting,
+            Decision::Reject(_) => self.finish(world, actor),
+            Decision::Lookup => self.ask(world, actor),
+            other => panic!("{other:?} without a write"),
+        }
+        Ok(())
+    }
+
+    fn ask(&self, world: &mut World, actor: usize) {
+        world.actors[actor].phase = match world.store {
+            Some(rec) => Phase::Asking { of: rec.holder },
+            None => Phase::Arriving,
+        };
+    }
+
+    /// Reads the store and tells it what the upstream has said.
+    fn tell(&self, world: &mut World, actor: usize) -> Checked {
+        let Phase::Told { of, told, early } = world.actors[actor].phase else { panic!("has asked nothing") };
+        let early = match self.mutant {
+            Some(Mutant::NoMinAge) => false,
+            Some(Mutant::MinAgeCountsToTheAnswer) => world.queued != 0,
+            _ => early,
+        };
+        let event = Event::LookedUp {
+            of: token(of),
+            asked_at: if early { NOW } else { NOW.plus(MIN_AGE) },
+            verdict: match told {
+                Told::Executed(answer) => Verdict::Executed(response(answer)),
+                Told::NotExecuted => Verdict::NotExecuted,
+                Told::Nothing => Verdict::Undecided,
+            },
+            origin: origin(),
+            fingerprint: fingerprint(self.size.payloads[actor]),
+            token: token(u8::try_from(actor).unwrap()),
+        };
+        let Step { write, decision } = self.step(world.store, event);
+        let then = match decision {
+            Decision::Forward { .. } => Then::Forward,
+            Decision::Replay => Then::Replay,
+            _ => Then::Refuse,
+        };
+        world.actors[actor].outdated = false;
+        if let Some(pending) = self.pending(world, &write, By::LookedUp(told), then) {
+            let this = &mut world.actors[actor];
+            if let Some(Rec { state: Is::Claimed { lease: Some(lease) }, .. }) = pending.new {
+                this.lease = lease;
+            }
+            this.write = Some(pending);
+            return Ok(());
+        }
+        match decision {
+            Decision::Replay => {
+                if let Some(Rec { state: Is::Completed { answer, .. }, .. }) = world.store {
                     self.see(world, answer)?;
                 }
                 self.finish(world, actor);
@@ -666,6 +795,16 @@ impl Model {
         Ok(())
     }
 
+    /// The upstream comes to a request that it has had for a while.
+    fn come_to(&self, world: &mut World, actor: usize, executes: bool) -> Checked {
+        world.queued &= !(1 << actor);
+        if executes {
+            world.executions += 1;
+            world.executed = u8::try_from(actor + 1).unwrap();
+        }
+        self.hold(AtMostOnce, world.executions <= 1)
+    }
+
     /// A write of `actor` is answered.
     fn answered(&self, world: &mut World, actor: usize, pending: Pending, landed: bool) -> Checked {
         let this = &mut world.actors[actor];
@@ -682,6 +821,14 @@ impl Model {
                 }
             }
             (Then::Refuse, true) => self.finish(world, actor),
+            (Then::Ask, true) => self.ask(world, actor),
+            (Then::Replay, true) => {
+                let outdated = this.outdated;
+                if let (Some(Rec { state: Is::Completed { answer, .. }, .. }), false) = (pending.new, outdated) {
+                    self.see(world, answer)?;
+                }
+                self.finish(world, actor);
+            }
             (Then::Conclude, true) => return self.conclude(world, actor, true),
             // It reads again.
             (_, false) => {}
@@ -726,13 +873,15 @@ impl Model {
             if let Some(write) = actor.write.as_mut().filter(|write| useless(Some(**write))) {
                 write.new = None;
             }
-            if !self.shared() || !matches!(actor.phase, Phase::Arriving | Phase::Waiting | Phase::Claimed) {
+            let leases = matches!(actor.phase, Phase::Arriving | Phase::Waiting | Phase::Claimed | Phase::Told { .. });
+            if !self.shared() || !leases {
                 actor.lease = 0;
             }
             if matches!(actor.phase, Phase::Idle | Phase::Done | Phase::Dead) {
                 actor.issued = false;
             }
-            actor.outdated &= matches!(actor.phase, Phase::Sent { .. } | Phase::Settling { silent: false, .. });
+            let sees = matches!(actor.phase, Phase::Sent { .. } | Phase::Settling { silent: false, .. });
+            actor.outdated &= sees || matches!(actor.phase, Phase::Told { .. }) && actor.write.is_some();
         }
         if useless(world.operator)
             && !self.is(Mutant::OperatorActsUnconditionally)
@@ -784,6 +933,10 @@ impl Model {
             })?;
         }
         for actor in 0..world.actors.len() {
+            if world.queued & 1 << actor != 0 {
+                go("what was queued is executed", actor, &|world| self.come_to(world, actor, true))?;
+                go("what was queued is dropped", actor, &|world| self.come_to(world, actor, false))?;
+            }
             self.writes(world, actor, &mut go)?;
             if !world.down && world.actors[actor].write.is_none() {
                 self.acts(world, actor, &mut go)?;
@@ -827,7 +980,12 @@ impl Model {
             return Ok(());
         }
         // What he can find out: whether it was executed, and with which answer.
-        let found_out = if world.executed == 0 { Hand::NotExecuted } else { Hand::Response(world.executed) };
+        let found_out = match world.executed {
+            // He waits until the upstream can be at it no more.
+            0 if world.queued != 0 => Hand::Forget,
+            0 => Hand::NotExecuted,
+            answer => Hand::Response(answer),
+        };
         for hand in [found_out, Hand::Forget] {
             go("operator acts", 9, &|world| self.operate(world, hand))?;
         }
@@ -900,6 +1058,9 @@ impl Model {
             if write.then == Then::Forward && !self.is(Mutant::LostClaimIsForgotten) {
                 this.issued = true;
             }
+            if matches!(this.phase, Phase::Told { .. }) {
+                this.phase = Phase::Arriving;
+            }
             if write.then == Then::Forward && self.is(Mutant::LostClaimCountsAsLanded) {
                 this.phase = Phase::Claimed;
             }
@@ -946,6 +1107,14 @@ impl Model {
                 if !self.shared() || this.lease > 0 || self.is(Mutant::SendsWithoutLookingAtTheLease) {
                     go("send, executed", actor, &|world| self.send(world, actor, true))?;
                     go("send, not executed", actor, &|world| self.send(world, actor, false))?;
+                    if self.looks_up() {
+                        go("send, queued", actor, &|world| {
+                            self.send(world, actor, false)?;
+                            world.queued |= 1 << actor;
+                            world.actors[actor].phase = Phase::Queued;
+                            Ok(())
+                        })?;
+                    }
                 }
                 let unsent = Phase::Settling { ended: Ended::NotThisSend, answer: None, silent: false };
                 go("not sent", actor, &become_(unsent))?;
@@ -957,7 +1126,7 @@ impl Model {
                     go("final answer", actor, &ended(Ended::Final(answer)))?;
                 } else {
                     go("not executed", actor, &ended(Ended::NotThisSend))?;
-                    if world.executions == 0 {
+                    if world.executions == 0 && world.queued == 0 {
                         go("key not executed", actor, &ended(Ended::NotThisKey))?;
                     }
                 }
@@ -991,6 +1160,29 @@ impl Model {
                     Ok(())
                 })?;
             }
+            Phase::Queued => {
+                go(
+                    "no answer",
+                    actor,
+                    &become_(Phase::Settling { ended: Ended::Unknown, answer: None, silent: false }),
+                )?;
+            }
+            Phase::Asking { of } => {
+                go("the upstream is asked", actor, &|world| {
+                    let told = match world.executed {
+                        0 => Told::NotExecuted,
+                        answer => Told::Executed(answer),
+                    };
+                    world.actors[actor].phase = Phase::Told { of, told, early: world.queued != 0 };
+                    Ok(())
+                })?;
+                go(
+                    "the upstream says nothing",
+                    actor,
+                    &become_(Phase::Told { of, told: Told::Nothing, early: false }),
+                )?;
+            }
+            Phase::Told { .. } => go("read and tell", actor, &|world| self.tell(world, actor))?,
             Phase::GaveUp => {
                 if this.late.is_none() {
                     let own = world.store.is_some_and(|rec| usize::from(rec.holder) == actor && rec.claimed());
@@ -1000,7 +1192,7 @@ impl Model {
             }
             Phase::Done | Phase::Dead => return Ok(()),
         }
-        let owner = matches!(this.phase, Phase::Claimed | Phase::Sent { .. } | Phase::Settling { .. });
+        let owner = matches!(this.phase, Phase::Claimed | Phase::Sent { .. } | Phase::Queued | Phase::Settling { .. });
         if self.shared() && owner && world.renewals > 0 && this.late.is_none() {
             go("renew", actor, &|world| self.renew(world, actor))?;
         }
@@ -1114,10 +1306,21 @@ fn policies() -> Vec<Policy> {
     policies
 }
 
+/// `lookup`, in an embedded and in a shared store.
+fn lookups() -> Vec<Policy> {
+    let unknown_outcome = UnknownOutcome::Lookup { min_age_ms: MIN_AGE };
+    let hold = policies().into_iter().filter(|policy| waits(policy) && policy.unknown_outcome == UnknownOutcome::Hold);
+    hold.map(|policy| Policy { unknown_outcome, ..policy }).collect()
+}
+
 /// Searches the chosen policies at one size.
 fn search_all(size: Size, chosen: impl Fn(&Policy) -> bool) {
+    search(size, policies().into_iter().filter(chosen).collect());
+}
+
+fn search(size: Size, policies: Vec<Policy>) {
     let mut visited = 0;
-    for policy in policies().into_iter().filter(chosen) {
+    for policy in policies {
         match (Model { policy, size, mutant: None, watched: &[] }).search() {
             Ok(states) => {
                 println!("{states} states with {size:?} under {policy:?}");
@@ -1157,11 +1360,19 @@ fn every_invariant_holds_with_an_operator() {
 }
 
 #[test]
+fn every_invariant_holds_where_the_upstream_is_asked() {
+    search(Size { payloads: &[0, 0], faults: 1, renewals: 1, acts: 1 }, lookups());
+    search(Size { payloads: &[0, 0, 0], faults: 0, renewals: 0, acts: 0 }, lookups());
+}
+
+#[test]
 #[ignore = "15 million states, minutes and gigabytes: after changes to the core or to this model"]
 fn every_invariant_holds_in_a_large_world() {
     search_all(Size { payloads: &[0, 0, 1], faults: 1, renewals: 1, acts: 0 }, |_| true);
     search_all(Size { payloads: &[0, 0], faults: 3, renewals: 2, acts: 0 }, |_| true);
     search_all(Size { payloads: &[0, 0], faults: 2, renewals: 1, acts: 2 }, |_| true);
+    search(Size { payloads: &[0, 0, 1], faults: 1, renewals: 0, acts: 1 }, lookups());
+    search(Size { payloads: &[0, 0], faults: 2, renewals: 1, acts: 2 }, lookups());
 }
 
 /// The first invariant among `watched` that a mutant is found to break, and how.
@@ -1175,10 +1386,11 @@ fn catch(mutant: Mutant, watched: &'static [Invariant]) -> Option<(Invariant, Ve
         Size { payloads: &[0, 0], faults: 2, renewals: 1, acts: 0 },
         Size { payloads: &[0, 0, 0], faults: 0, renewals: 0, acts: 1 },
     ];
+    let policies = if OF_LOOKUPS.contains(&mutant) { lookups() } else { policies() };
     sizes
         .into_iter()
         .flat_map(|size| {
-            policies().into_iter().map(move |policy| Model { policy, size, mutant: Some(mutant), watched })
+            policies.clone().into_iter().map(move |policy| Model { policy, size, mutant: Some(mutant), watched })
         })
         .find_map(|model| model.search().err())
 }
@@ -1214,6 +1426,11 @@ fn every_mutant_is_caught() {
         (Mutant::OperatorIsNotToldOfClaims, &[OperatorsAreTold]),
         (Mutant::OperatorActsUnconditionally, &[ClaimsStay, CompletedStays, OnlyTheHolderSettles]),
         (Mutant::OperatorTriesAgain, &[FreedOnlyUnexecuted]),
+        (Mutant::VerdictForAnyClaim, &[FreedOnlyUnexecuted]),
+        (Mutant::NoMinAge, &[FreedOnlyUnexecuted]),
+        (Mutant::MinAgeCountsToTheAnswer, &[FreedOnlyUnexecuted]),
+        (Mutant::LookupOfALiveClaim, &[ClaimsStay]),
+        (Mutant::UndecidedIsNotExecuted, &[FreedOnlyUnexecuted, UnknownStays]),
     ];
     for (mutant, expected) in mutants {
         let caught = catch(*mutant, &[]);
@@ -1242,6 +1459,11 @@ fn the_promise_itself_catches_mutants() {
         Mutant::OperatorTakesClaims,
         Mutant::OperatorActsUnconditionally,
         Mutant::OperatorTriesAgain,
+        Mutant::VerdictForAnyClaim,
+        Mutant::NoMinAge,
+        Mutant::MinAgeCountsToTheAnswer,
+        Mutant::LookupOfALiveClaim,
+        Mutant::UndecidedIsNotExecuted,
     ];
     for mutant in executed_twice {
         assert!(catch(mutant, &[AtMostOnce]).is_some(), "{mutant:?} executes nothing twice");

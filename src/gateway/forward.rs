@@ -43,6 +43,14 @@ pub(crate) enum Unrecorded {
 }
 
 impl Unrecorded {
+    /// Bytes of the response's body.
+    pub(super) fn body_len(&self) -> usize {
+        match self {
+            Self::Response { body, .. } => body.len(),
+            Self::Problem(_) => 0,
+        }
+    }
+
     pub(super) fn respond(&self, outcome: Result_) -> Result<Counted, Problem> {
         match self {
             Self::Problem(problem) => Err(problem.clone()),
@@ -128,7 +136,10 @@ impl Forward {
     async fn run(mut self: Box<Self>, lead: Lead_) {
         let mut result: Result<SharedClaim, StoreError> = lead.claim().await;
         if let Ok(ClaimResult::LookUp(inquiry)) = result {
-            result = Box::pin(self.look_up(inquiry)).await;
+            match Box::pin(self.look_up(inquiry)).await {
+                Ok(told) => result = Ok(told),
+                Err(problem) => return self.tell(TaskAnswer::Problem(problem)),
+            }
         }
         let claim = match result {
             Ok(ClaimResult::Claimed(claim)) => claim,

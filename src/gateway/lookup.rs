@@ -2,12 +2,12 @@
 
 use super::forward::{Exchange, Forward, exchange, outcome_word};
 use super::headers::IDEMPOTENCY_OUTCOME;
+use super::problem::{Problem, is_a_gateways};
 use super::question::{Asked, Template, question};
 use super::reply::{recordable, to_recorded};
-use super::{GatewayInquiry, SharedClaim};
+use super::{GatewayInquiry, SharedClaim, unavailable};
 use crate::idempotency::outcome::Class;
 use crate::idempotency::{OutcomeTable, Recorded, Verdict};
-use crate::store::StoreError;
 use bytes::Bytes;
 use http::header::{LOCATION, RETRY_AFTER};
 use http::response;
@@ -25,10 +25,13 @@ pub struct Options {
 
 impl Forward {
     /// Asks what became of the request whose outcome is unknown, and acts on the answer.
-    pub(super) async fn look_up(&self, inquiry: GatewayInquiry) -> Result<SharedClaim, StoreError> {
+    ///
+    /// # Errors
+    /// The drain is over, or the store fails: whatever `on_store_error` says, what may have been executed is not sent again.
+    pub(super) async fn look_up(&self, inquiry: GatewayInquiry) -> Result<SharedClaim, Problem> {
         let verdict = tokio::select! {
             biased;
-            () = self.gateway.give_up.cancelled() => Verdict::Undecided,
+            () = self.gateway.give_up.cancelled() => return Err(Problem::draining()),
             verdict = self.ask(inquiry.key()) => verdict,
         };
         let word = match &verdict {
@@ -38,7 +41,7 @@ impl Forward {
         };
         self.gateway.metrics.lookup(word);
         tracing::info!(record = %inquiry.id(), verdict = word, "the upstream was asked what became of a request");
-        inquiry.tell(verdict).await
+        inquiry.tell(verdict).await.map_err(|error| unavailable(&error))
     }
 
     async fn ask(&self, key: &Bytes) -> Verdict {
@@ -59,6 +62,10 @@ impl Forward {
     /// What the answer says; `body`: unless it is too large to be recorded.
     fn verdict(&self, options: &Options, head: &response::Parts, body: Option<Bytes>) -> Verdict {
         let status = head.status.as_u16();
+        // A gateway on the way has answered by itself: of the question, not of what was asked for.
+        if is_a_gateways(&head.headers, body.as_deref()) {
+            return Verdict::Undecided;
+        }
         match outcome_word(head) {
             Some(Class::NotExecuted) => return Verdict::NotExecuted,
             Some(Class::Unknown) => return Verdict::Undecided,

@@ -28,7 +28,9 @@ pub struct Options {
 
 /// Verdicts kept.
 const VERDICTS_MAX: u64 = 10_000;
-/// Bytes of a denial that is kept; one with a longer body is for one caller alone.
+/// Bytes of a denial's body. A longer one says neither yes nor no.
+const BODY_MAX: usize = 1 << 20;
+/// Bytes of a denial that is kept; one with a longer body is for those who wait for it.
 const DENIAL_MAX: usize = 4 << 10;
 
 /// Who asks, and what for: the credentials with the target and the host that they are shown to.
@@ -39,24 +41,33 @@ struct Name {
     host: Vec<u8>,
 }
 
-#[derive(Clone)]
 enum Verdict {
     Allowed,
-    Denied(SharedResponse),
-}
-
-/// No verdict for anyone else.
-enum Unkept {
     Denied(SharedResponse),
     Failed(Problem),
 }
 
-/// One question, asked once for all who want to know it meanwhile.
-type Answer = OnceCell<(Verdict, Instant)>;
+/// What the upstream has said, asked once for all who want to know it meanwhile.
+struct Answer {
+    verdict: Verdict,
+    asked_at: Instant,
+    answered_at: Instant,
+}
+
+impl Answer {
+    /// For those who come later, too: neither a failure nor a denial with a long body is.
+    fn is_kept(&self) -> bool {
+        match &self.verdict {
+            Verdict::Allowed => true,
+            Verdict::Denied(response) => response.body_len() <= DENIAL_MAX,
+            Verdict::Failed(_) => false,
+        }
+    }
+}
 
 /// What the upstream has said, for all workers.
 pub(super) struct Probes {
-    answers: Cache<Name, Arc<Answer>>,
+    answers: Cache<Name, Arc<OnceCell<Answer>>>,
 }
 
 impl Default for Probes {
@@ -97,66 +108,67 @@ impl Gateway {
         let host = caller.headers.get(HOST).map(|host| host.as_bytes().to_vec()).unwrap_or_default();
         let name = Name { credentials: caller.credentials.0, target: target.clone(), host };
         let arrived = Instant::now();
-        let deadline = arrived + options.timeout;
+        // Of a question that was under way already, the answer may be too old to count, and another is asked.
+        let deadline = arrived + options.timeout * 2;
         loop {
-            let answer = self.probes.answers.get_with(name.clone(), Arc::default);
-            let asked = answer.get_or_try_init(|| self.ask(caller, target));
-            let asked = timeout_at(deadline, asked).await.map_err(|_| self.probe_failed(&"it took too long"))?;
-            let (verdict, asked_at) = match asked {
-                Ok(answer) => answer,
-                Err(Unkept::Denied(response)) => return Ok(Some(response)),
-                Err(Unkept::Failed(problem)) => return Err(problem),
-            };
-            // What was asked after the caller came is as fresh as can be.
-            if *asked_at >= arrived || asked_at.elapsed() < options.cache {
-                return Ok(match verdict {
-                    Verdict::Allowed => None,
-                    Verdict::Denied(response) => Some(Arc::clone(response)),
+            let cell = self.probes.answers.get_with(name.clone(), Arc::default);
+            let asked = cell.get_or_init(|| async {
+                let asked_at = Instant::now();
+                let verdict = timeout_at(asked_at + options.timeout, self.ask(caller, target)).await;
+                let verdict = verdict.unwrap_or_else(|_| probe_failed(&"it took too long"));
+                self.metrics.probe(match verdict {
+                    Verdict::Allowed => "allowed",
+                    Verdict::Denied(_) => "denied",
+                    Verdict::Failed(_) => "failed",
+                });
+                Answer { verdict, asked_at, answered_at: Instant::now() }
+            });
+            let answer = timeout_at(deadline, asked).await.map_err(|_| failed())?;
+            // What was asked after the caller came is as fresh as can be; what is not kept, those share who waited for it.
+            let (kept, asked_at) = (answer.is_kept(), answer.asked_at);
+            let counts = asked_at >= arrived
+                || if kept { asked_at.elapsed() < options.cache } else { answer.answered_at >= arrived };
+            if !kept || !counts {
+                self.probes.answers.entry(name.clone()).and_compute_with(|there| match there {
+                    Some(there) if Arc::ptr_eq(there.value(), &cell) => Op::Remove,
+                    _ => Op::Nop,
                 });
             }
-            // Asked anew, by whoever is the first to put another question in its place.
-            self.probes.answers.entry(name.clone()).and_compute_with(|there| match there {
-                Some(there) if Arc::ptr_eq(there.value(), &answer) => Op::Put(Arc::default()),
-                _ => Op::Nop,
-            });
+            if counts {
+                return match &answer.verdict {
+                    Verdict::Allowed => Ok(None),
+                    Verdict::Denied(response) => Ok(Some(Arc::clone(response))),
+                    Verdict::Failed(problem) => Err(problem.clone()),
+                };
+            }
         }
     }
 
-    async fn ask(&self, caller: &Caller, target: &PathAndQuery) -> Result<(Verdict, Instant), Unkept> {
-        let asked_at = Instant::now();
+    async fn ask(&self, caller: &Caller, target: &PathAndQuery) -> Verdict {
         let options = &caller.route.options;
         let request = question(target.clone(), caller.headers.clone(), &options.header);
-        let (answer, _reservation) = exchange(self, request, options.max_recorded_body).await;
+        let (answer, _reservation) = exchange(self, request, BODY_MAX).await;
         let (head, body) = match answer {
             Exchange::Complete(head, body) => (head, Some(body)),
             Exchange::Large(large) => (large.head, None),
-            Exchange::Failed(error) => return Err(Unkept::Failed(self.probe_failed(&error))),
-            Exchange::Malformed(what) => return Err(Unkept::Failed(self.probe_failed(&what))),
+            Exchange::Failed(error) => return probe_failed(&error),
+            Exchange::Malformed(what) => return probe_failed(&what),
         };
-        let verdict = match (head.status, body) {
+        match (head.status, body) {
             (status, _) if status.is_success() => Verdict::Allowed,
             (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, Some(body)) => {
                 let mut headers = recordable(&head.headers, &options.drop_headers);
                 headers.remove(&IDEMPOTENCY_OUTCOME);
-                let large = body.len() > DENIAL_MAX;
-                let denial = Arc::new(Unrecorded::Response { status: head.status, headers, body });
-                if large {
-                    self.metrics.probe("denied");
-                    return Err(Unkept::Denied(denial));
-                }
-                Verdict::Denied(denial)
+                Verdict::Denied(Arc::new(Unrecorded::Response { status: head.status, headers, body }))
             }
-            (status, _) => return Err(Unkept::Failed(self.probe_failed(&format!("it was answered {status}")))),
-        };
-        self.metrics.probe(if matches!(verdict, Verdict::Allowed) { "allowed" } else { "denied" });
-        Ok((verdict, asked_at))
+            (status, _) => probe_failed(&format!("it was answered {status}")),
+        }
     }
+}
 
-    fn probe_failed(&self, reason: &dyn std::fmt::Display) -> Problem {
-        tracing::warn!(%reason, "a probe has failed");
-        self.metrics.probe("failed");
-        failed()
-    }
+fn probe_failed(reason: &dyn std::fmt::Display) -> Verdict {
+    tracing::warn!(%reason, "a probe has failed");
+    Verdict::Failed(failed())
 }
 
 fn failed() -> Problem {

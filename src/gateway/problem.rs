@@ -4,7 +4,7 @@ use super::reply::ReplyBody;
 use crate::telemetry::Outcome as Result_;
 use bytes::Bytes;
 use http::header::{CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
-use http::{HeaderName, HeaderValue, Response, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use std::borrow::Cow;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -130,6 +130,22 @@ pub struct Problem {
     members: Vec<(&'static str, serde_json::Value)>,
 }
 
+/// What the type of each problem begins with.
+const TYPE: &str = "urn:oncegate:problem:";
+
+/// Whether a response was made by a gateway itself, one behind this one perhaps; `body`: unless it is too large to be read,
+/// which counts as such.
+pub(super) fn is_a_gateways(headers: &HeaderMap, body: Option<&[u8]>) -> bool {
+    let kind = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
+    kind.is_some_and(|kind| kind.starts_with(PROBLEM_JSON.as_bytes()))
+        && body.is_none_or(|body| {
+            let problem = serde_json::from_slice::<serde_json::Value>(body).unwrap_or_default();
+            problem.get("type").and_then(serde_json::Value::as_str).is_some_and(|kind| kind.starts_with(TYPE))
+        })
+}
+
+const PROBLEM_JSON: &str = "application/problem+json";
+
 impl Problem {
     #[must_use]
     pub fn new(code: Code, detail: impl Into<Cow<'static, str>>) -> Self {
@@ -234,7 +250,7 @@ impl Problem {
     pub fn into_response(self, chained: bool) -> Response<ReplyBody> {
         let (code, status, title) = self.code.facts();
         let mut body = serde_json::Map::new();
-        body.insert("type".into(), format!("urn:oncegate:problem:{code}").into());
+        body.insert("type".into(), format!("{TYPE}{code}").into());
         body.insert("title".into(), title.into());
         body.insert("status".into(), status.as_u16().into());
         body.insert("detail".into(), self.detail.into());
@@ -244,7 +260,7 @@ impl Problem {
         let mut response = Response::new(ReplyBody::full(body));
         *response.status_mut() = status;
         let headers = response.headers_mut();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(PROBLEM_JSON));
         if let Some(seconds) = self.retry_after {
             headers.insert(RETRY_AFTER, seconds.into());
         }

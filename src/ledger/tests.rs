@@ -1,3 +1,4 @@
+mod lookup;
 mod operator;
 
 use super::*;

@@ -352,3 +352,129 @@ fn times_saturate() {
     assert_eq!(Millis(5).since(Millis(7)), 0);
     assert_eq!(Millis(7).since(Millis(5)), 2);
 }
+
+const LOOKUP: Policy = Policy { unknown_outcome: UnknownOutcome::Lookup { min_age_ms: 100 }, ..HOLD };
+
+fn looked_up(policy: &Policy, stored: Option<&Record>, asked_at: u64, verdict: Verdict, payload: u8) -> Step {
+    let event = Event::LookedUp {
+        of: MINE,
+        asked_at: Millis(asked_at),
+        verdict,
+        origin: Origin { attempts: 9, ..origin("new") },
+        fingerprint: fingerprint(payload),
+        token: OTHER,
+    };
+    step(policy, NOW, stored, &event)
+}
+
+fn verdicts() -> [Verdict; 4] {
+    let omitted = Recorded::Omitted { status: 200, location: Some(Bytes::from_static(b"/posts/1")) };
+    [Verdict::Executed(full()), Verdict::Executed(omitted), Verdict::NotExecuted, Verdict::Undecided]
+}
+
+/// The record of a claim made at a time, which is unknown since another.
+fn lost(claimed_at: u64, since: u64, attempts: u32) -> Record {
+    let mut record = record(unknown_since(since, Why::Reset, 20_000));
+    (record.origin.claimed_at, record.origin.attempts) = (Millis(claimed_at), attempts);
+    record
+}
+
+#[test]
+fn under_lookup_an_unknown_or_lapsed_record_is_asked_for() {
+    let unknown = record(unknown_since(9_000, Why::Reset, 10_001));
+    assert_eq!(arrive(&LOOKUP, Some(&unknown), 1), Step::keep(Decision::Lookup));
+    let lapsed = record(claimed(Some(10_000)));
+    let leased = Policy { lease_ms: Some(30), ..LOOKUP };
+    let asked_for = put(record(unknown_since(10_000, Why::Lease, 17_000)), Decision::Lookup);
+    assert_eq!(arrive(&leased, Some(&lapsed), 1), asked_for);
+    let live = record(claimed(Some(10_001)));
+    assert_eq!(arrive(&leased, Some(&live), 1), Step::keep(Decision::Wait { until: Some(Millis(10_001)) }));
+    assert_eq!(arrive(&LOOKUP, Some(&record(completed(20_000))), 1), Step::keep(Decision::Replay));
+}
+
+#[test]
+fn what_the_upstream_has_executed_is_recorded_whenever_it_was_asked() {
+    for asked_at in [0, 10_000] {
+        for (verdict, stored) in verdicts().into_iter().zip([lost(9_999, 10_000, 1), lost(1, 9_000, 3)]) {
+            let Verdict::Executed(response) = verdict.clone() else { unreachable!() };
+            let state = State::Completed { response: response.clone(), completed_at: NOW, expires_at: Millis(11_000) };
+            let decision = match response {
+                Recorded::Full(_) => Decision::Replay,
+                Recorded::Omitted { status, location } => {
+                    Decision::Reject(RejectReason::BodyNotRecorded { status, location })
+                }
+            };
+            let recorded = put(Record { state, ..stored.clone() }, decision);
+            assert_eq!(looked_up(&LOOKUP, Some(&stored), asked_at, verdict, 1), recorded);
+        }
+    }
+}
+
+#[test]
+fn not_executed_counts_if_it_was_asked_min_age_after_the_claim() {
+    let in_progress = Step::keep(Decision::Reject(RejectReason::InProgress));
+    let not_executed = |stored: &Record, asked_at| looked_up(&LOOKUP, Some(stored), asked_at, Verdict::NotExecuted, 1);
+    let again = {
+        let origin = Origin { attempts: 1, claimed_at: NOW, ..origin("new") };
+        let record = Record { origin, fingerprint: fingerprint(1), token: OTHER, state: claimed(None) };
+        put(record, Decision::Forward { resend: false })
+    };
+    // Of one claim, its time counts; it became unknown later.
+    let once = lost(9_000, 9_800, 1);
+    assert_eq!(not_executed(&once, 9_099), in_progress);
+    assert_eq!(not_executed(&once, 9_100), again);
+    // Of several, the last was made before its outcome was unknown.
+    let often = lost(1_000, 9_000, 2);
+    assert_eq!(not_executed(&often, 9_099), in_progress, "the last claim is not as old as the first");
+    assert_eq!(not_executed(&often, 9_100), again);
+    let never = Policy { unknown_outcome: UnknownOutcome::Lookup { min_age_ms: u64::MAX }, ..HOLD };
+    assert_eq!(looked_up(&never, Some(&once), 9_999, Verdict::NotExecuted, 1), in_progress);
+    let at_once = Policy { unknown_outcome: UnknownOutcome::Lookup { min_age_ms: 0 }, ..HOLD };
+    assert_eq!(looked_up(&at_once, Some(&once), 9_000, Verdict::NotExecuted, 1), again);
+    for policy in [HOLD, FORWARD] {
+        let step = looked_up(&policy, Some(&once), 9_999, Verdict::NotExecuted, 1);
+        assert_eq!(step, Step::keep(Decision::Reject(RejectReason::OutcomeUnknown)), "it is asked for no more");
+    }
+}
+
+#[test]
+fn what_the_upstream_does_not_say_changes_nothing() {
+    for stored in [lost(9_000, 9_800, 1), lost(1, 2, 2)] {
+        let step = looked_up(&LOOKUP, Some(&stored), 10_000, Verdict::Undecided, 1);
+        assert_eq!(step, Step::keep(Decision::Reject(RejectReason::OutcomeUnknown)));
+    }
+}
+
+#[test]
+fn a_verdict_counts_for_the_claim_it_was_asked_for_alone() {
+    let others = Record { token: OTHER, ..lost(1, 2, 1) };
+    for verdict in verdicts() {
+        let told = |stored: Option<&Record>| looked_up(&LOOKUP, stored, 10_000, verdict.clone(), 1);
+        // Whose outcome is unknown anew is not asked for twice by one arrival.
+        assert_eq!(told(Some(&others)), Step::keep(Decision::Reject(RejectReason::InProgress)), "{verdict:?}");
+        for token in [MINE, OTHER] {
+            let in_flight = Record { token, ..record(claimed(None)) };
+            assert_eq!(told(Some(&in_flight)), Step::keep(Decision::Wait { until: None }), "{verdict:?}");
+            let done = Record { token, ..record(completed(10_001)) };
+            assert_eq!(told(Some(&done)), Step::keep(Decision::Replay), "{verdict:?}");
+            let over = Record { token, ..record(unknown_since(1, Why::Reset, 10_000)) };
+            let new = looked_up(&LOOKUP, Some(&over), 10_000, verdict.clone(), 2);
+            assert_eq!(new, fresh(None), "{verdict:?}: its time is over, as if nothing had been asked");
+        }
+        assert_eq!(looked_up(&LOOKUP, None, 10_000, verdict.clone(), 2), fresh(None), "{verdict:?}");
+        let lapsed = Record { token: OTHER, ..record(claimed(Some(9_999))) };
+        let unknown = Record { token: OTHER, ..record(unknown_since(10_000, Why::Lease, 17_000)) };
+        let step = looked_up(&Policy { lease_ms: Some(30), ..LOOKUP }, Some(&lapsed), 10_000, verdict.clone(), 1);
+        assert_eq!(step, put(unknown, Decision::Reject(RejectReason::InProgress)), "{verdict:?}");
+    }
+}
+
+#[test]
+fn another_payload_learns_nothing_from_a_verdict_and_changes_nothing_by_it() {
+    for verdict in verdicts() {
+        for state in [unknown_since(9_000, Why::Reset, 20_000), claimed(None), completed(20_000)] {
+            let step = looked_up(&LOOKUP, Some(&record(state)), 10_000, verdict.clone(), 2);
+            assert_eq!(step, Step::keep(Decision::Reject(RejectReason::KeyReused)), "{verdict:?}");
+        }
+    }
+}

@@ -11,11 +11,11 @@ fn by_hand() -> Response {
     Response { status: 200, headers: Vec::new(), body: Bytes::from_static(b"by hand") }
 }
 
-fn not_executed(_: &Record) -> Result<(Policy, Event), &'static str> {
+pub(super) fn not_executed(_: &Record) -> Result<(Policy, Event), &'static str> {
     Ok((policy(), Event::Resolve(Resolution::NotExecuted)))
 }
 
-fn respond(_: &Record) -> Result<(Policy, Event), &'static str> {
+pub(super) fn respond(_: &Record) -> Result<(Policy, Event), &'static str> {
     Ok((policy(), Event::Resolve(Resolution::Response(by_hand()))))
 }
 
@@ -29,7 +29,7 @@ fn act_with(if_version: Option<Version>, decide: Decide) -> Act<&'static str> {
     Act { id: ID, if_version, who: "test".into(), decide: Box::new(decide) }
 }
 
-async fn act(ledger: &TestLedger, decide: Decide) -> Done {
+pub(super) async fn act(ledger: &TestLedger, decide: Decide) -> Done {
     ledger.act(act_with(None, decide)).await
 }
 
