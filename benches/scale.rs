@@ -12,6 +12,7 @@
 //! - `ONCEGATE_SCALE_EXPIRING`, `ONCEGATE_SCALE_CHURNING`: how many expire, how many are kept alive (a tenth of the records)
 //! - `ONCEGATE_SCALE_FILL`: `relaxed` fills without a flush per group, and in larger groups; all else is `strict`
 //! - `ONCEGATE_SCALE_MEMTABLE`: bytes that fjall gathers in memory, to try others than the built-in
+//! - `ONCEGATE_SCALE_PLOT`: only draws the curves of this file (lines that begin with `curve,`) beside it, as SVG
 //! - `ONCEGATE_SCALE_PHASES`: some of `fill,restart,serve,expire,churn` (all)
 //!
 //! CPU time is that of the whole process, all threads: the store's, the engine's, and the 64 tasks that write. The page
@@ -399,7 +400,46 @@ fn variable(name: &str) -> Option<String> {
     std::env::var(format!("ONCEGATE_SCALE_{name}")).ok()
 }
 
+/// CPU per pair over the records that are there, one line for each engine.
+fn plot(curves: &Path) {
+    use plotters::prelude::*;
+    let text = std::fs::read_to_string(curves).expect("the file of curves");
+    let curve = |engine: &str| {
+        let of_engine =
+            text.lines().filter_map(|line| line.strip_prefix("curve,")?.strip_prefix(engine)?.strip_prefix(','));
+        let point = |line: &str| {
+            let mut numbers = line.split(',').map(|number| number.parse::<f64>().unwrap());
+            (numbers.next().unwrap() / 1e6, numbers.next().unwrap())
+        };
+        of_engine.map(point).collect::<Vec<_>>()
+    };
+    let curves_of = [("Sled", RGBColor(217, 80, 2)), ("Fjall", RGBColor(60, 120, 190))].map(|(e, c)| (e, c, curve(e)));
+    let all = || curves_of.iter().flat_map(|(_, _, points)| points);
+    let (right, top) = all().fold((0.0_f64, 0.0_f64), |(x, y), point| (x.max(point.0), y.max(point.1)));
+    let svg = curves.with_extension("svg");
+    let root = SVGBackend::new(&svg, (900, 400)).into_drawing_area();
+    root.fill(&WHITE).unwrap();
+    let mut chart = ChartBuilder::on(&root)
+        .caption("CPU per claim and settle, µs, over millions of records", ("sans-serif", 18))
+        .margin(12)
+        .x_label_area_size(28)
+        .y_label_area_size(40)
+        .build_cartesian_2d(0.0..right, 0.0..top * 1.1)
+        .unwrap();
+    chart.configure_mesh().light_line_style(WHITE).draw().unwrap();
+    for (engine, colour, points) in curves_of {
+        let line = LineSeries::new(points, colour.stroke_width(2));
+        let drawn = chart.draw_series(line).unwrap().label(engine.to_lowercase());
+        drawn.legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], colour.stroke_width(2)));
+    }
+    chart.configure_series_labels().background_style(WHITE).draw().unwrap();
+    root.present().unwrap();
+}
+
 fn main() {
+    if let Some(curves) = variable("PLOT") {
+        return plot(Path::new(&curves));
+    }
     // `cargo test --benches` only wants to know whether it starts.
     let quick = std::env::args().any(|arg| arg == "--test");
     let number = |name: &str| variable(name).map(|text| text.replace('_', "").parse::<u64>().expect(name));
