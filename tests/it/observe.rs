@@ -88,7 +88,8 @@ fn what_an_outcome_would_have_led_to_is_told() {
 #[test]
 fn what_would_have_been_refused_passes() {
     let upstream = Upstream::counting();
-    let settings = "idempotency.mode = \"observe\"\nidempotency.missing_key = \"reject\"\nserver.limits.max_body = \"64\"";
+    let settings =
+        "idempotency.mode = \"observe\"\nidempotency.missing_key = \"reject\"\nserver.limits.max_body = \"64\"";
     let gateway = Gateway::start(&upstream, settings);
     let long = "x".repeat(65);
     let rows: [(&[(&str, &str)], &str, &str); 5] = [
