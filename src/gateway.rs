@@ -245,7 +245,7 @@ impl Gateway {
         let (response, outcome) = match self.decide(intercepted, body, started, &mut record).await {
             Ok(counted) => counted,
             Err(problem) => {
-                let outcome = classify(problem.code);
+                let outcome = problem.code.result();
                 (problem.into_response(chained), outcome)
             }
         };
@@ -275,14 +275,13 @@ impl Gateway {
             let detail = format!("This request needs the header {}, with a key of its own.", options.header);
             return Err(Problem::new(Code::KeyMissing, detail));
         }
-        let claims = match (scope::bearer(options, &parts.headers)?, &self.options.auth) {
-            // What this takes is not part of every request.
-            (Some(token), Some(auth)) => Some(Box::pin(auth.verify(token, self.ledger.now())).await?),
-            _ => None,
-        };
+        let token = scope::bearer(options, &parts.headers)?;
+        let claims = jwt::claims(self.options.auth.as_deref(), token, || self.ledger.now()).await?;
         let asked = scope::Request { headers: &parts.headers, path, params, peer, claims: claims.as_deref() };
         let tenant = scope::tenant(&self.secret, options, &asked)?;
-        let body = body::read(body, self.options.max_body, started + self.options.body_timeout, &self.budget).await?;
+        // The token may have waited for its key.
+        let began = if claims.is_some() { Instant::now() } else { started };
+        let body = body::read(body, self.options.max_body, began + self.options.body_timeout, &self.budget).await?;
         let fingerprint = fingerprint(route, parts, path, &body.bytes);
         let key = match key.take() {
             Some(key) => key,
@@ -447,32 +446,6 @@ fn fingerprint(route: &Route, parts: &Parts, path: &NormalPath, body: &[u8]) -> 
 fn unavailable(error: &StoreError) -> Problem {
     tracing::warn!(%error, "the store is unavailable");
     Problem::store_unavailable()
-}
-
-fn classify(code: Code) -> Outcome {
-    match code {
-        Code::InProgress => Outcome::in_progress,
-        Code::OutcomeUnknown => Outcome::outcome_unknown,
-        Code::BodyNotRecorded => Outcome::body_not_recorded,
-        Code::KeyReused => Outcome::key_reused,
-        Code::UpstreamUnreachable
-        | Code::UpstreamBroken
-        | Code::UpstreamTimeout
-        | Code::StoreUnavailable
-        | Code::Overloaded
-        | Code::ProbeFailed
-        | Code::Draining => Outcome::failed,
-        Code::KeyMissing
-        | Code::KeyInvalid
-        | Code::ScopeMissing
-        | Code::TokenInvalid
-        | Code::PathAmbiguous
-        | Code::BadRequest
-        | Code::TargetTooLong
-        | Code::HeadersTooLarge
-        | Code::RequestTimeout
-        | Code::BodyTooLarge => Outcome::rejected,
-    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use super::key::Key;
 use super::path::{NormalPath, Params};
 use super::problem::Problem;
 use super::upstream::SendError;
-use super::{Gateway, MissingKey, Peer, Route, classify, derived, fingerprint, headers, scope};
+use super::{Gateway, MissingKey, Peer, Route, derived, fingerprint, headers, scope};
 use crate::idempotency::outcome::Class;
 use crate::idempotency::{
     ClaimToken, Decision, Event, Evidence, Millis, Origin, Outcome, Record, Recorded, RejectReason, Response, Step,
@@ -127,7 +127,7 @@ impl Observed {
         let body = join(std::mem::take(&mut progress.read), progress.len);
         let (id, event) = match self.arrival(&body) {
             Ok(arrival) => arrival,
-            Err(problem) => return self.tell(progress, None, classify(problem.code)),
+            Err(problem) => return self.tell(progress, None, problem.code.result()),
         };
         let decision = self.step(id, &event);
         self.tell(progress, Some(id), result(&decision));

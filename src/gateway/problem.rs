@@ -1,6 +1,7 @@
 //! What the gateway itself answers: one error type, RFC 9457 bodies.
 
 use super::reply::ReplyBody;
+use crate::telemetry::Outcome as Result_;
 use bytes::Bytes;
 use http::header::{CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
@@ -68,6 +69,33 @@ impl Code {
     #[must_use]
     pub fn status(self) -> StatusCode {
         self.facts().1
+    }
+
+    /// How a request that gets this answer is counted.
+    pub(super) fn result(self) -> Result_ {
+        match self {
+            Self::InProgress => Result_::in_progress,
+            Self::OutcomeUnknown => Result_::outcome_unknown,
+            Self::BodyNotRecorded => Result_::body_not_recorded,
+            Self::KeyReused => Result_::key_reused,
+            Self::UpstreamUnreachable
+            | Self::UpstreamBroken
+            | Self::UpstreamTimeout
+            | Self::StoreUnavailable
+            | Self::Overloaded
+            | Self::ProbeFailed
+            | Self::Draining => Result_::failed,
+            Self::KeyMissing
+            | Self::KeyInvalid
+            | Self::ScopeMissing
+            | Self::TokenInvalid
+            | Self::PathAmbiguous
+            | Self::BadRequest
+            | Self::TargetTooLong
+            | Self::HeadersTooLarge
+            | Self::RequestTimeout
+            | Self::BodyTooLarge => Result_::rejected,
+        }
     }
 
     /// Seconds after which a retry makes sense, where it does.

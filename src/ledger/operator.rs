@@ -64,8 +64,8 @@ impl<E> From<StoreError> for Refusal<E> {
     }
 }
 
-/// How long an act waits for requests that are being decided: as long as a write to the store takes, if all is well.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long an act waits for requests that are being decided: while their claim is written, or the upstream is asked.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
     /// A record; `None` if it is absent or its time is over.
@@ -109,7 +109,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
                 Err(owner) => return Some(owner),
                 Ok(slot) => slot,
             };
-            if slot.claimed().is_some() || Instant::now() >= deadline {
+            if slot.is_claim() || Instant::now() >= deadline {
                 return None;
             }
             timeout_at(deadline, slot.decided()).await.ok()?;

@@ -3,6 +3,7 @@
 use super::Answer;
 use super::budget::Held;
 use super::remembered::Remembered;
+use crate::idempotency::State;
 use crate::store::{HashOfIds, RecordId};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -55,11 +56,16 @@ impl<R: Clone> Slot<R> {
         }
     }
 
+    /// Whether a request is under way, not just asked for.
+    pub(super) fn is_claim(&self) -> bool {
+        is_claim(&self.phase.borrow())
+    }
+
     /// Waits until the claim is known or the slot has ended.
     pub(super) async fn decided(&self) {
         let mut phase = self.phase.subscribe();
         // The slot is held, so its sender cannot be gone.
-        let _ = phase.wait_for(|phase| !matches!(phase, Phase::Pending)).await;
+        let _ = phase.wait_for(|phase| is_claim(phase) || matches!(phase, Phase::Settled(_))).await;
     }
 
     pub(super) fn is_late(&self) -> bool {
@@ -91,6 +97,10 @@ impl<R: Clone> Slot<R> {
         self.waiters.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).ok()?;
         Some(Waiting { slot: Arc::clone(self), unchecked })
     }
+}
+
+fn is_claim<R>(phase: &Phase<R>) -> bool {
+    matches!(phase, Phase::Claimed(record) if matches!(record.state, State::Claimed { .. }))
 }
 
 /// A place among the waiters of a key; left when dropped.

@@ -70,7 +70,8 @@ fn a_duplicate_of_a_request_in_flight_is_told_and_passes_at_once() {
 #[test]
 fn what_an_outcome_would_have_led_to_is_told() {
     let upstream = Upstream::scripted(move |request, reply| {
-        let status = if request.number % 2 == 0 { 201 } else { request.body.parse().unwrap() };
+        let status =
+            if request.number % 2 == 0 { 201 } else { std::str::from_utf8(&request.body).unwrap().parse().unwrap() };
         reply.send(status, &[], "");
     });
     let gateway = Gateway::start(&upstream, OBSERVE);

@@ -166,18 +166,23 @@ pub(super) async fn what_stays_unchanged_is_listed_whatever_happens_meanwhile(ba
     store.close();
 }
 
-/// Half a listing, then so much traffic that the place of the cursor is gone (where there is such a place), then the rest.
+/// A part of a listing, then so much traffic that the place of the cursor is gone (where there is such a place), then the rest.
 pub(super) async fn a_listing_goes_on_where_its_place_is_gone(backend: impl Backend) {
     let store = backend.open();
     let held = fill(&store, 100).await;
-    let mut halves = Vec::new();
+    // Of each kind, what has been listed before each place.
+    let mut parts = Vec::new();
     for tag in FILTERS {
-        let half = store.list(tag, 0, 10).await.unwrap();
-        if let Some(next) = half.next {
-            halves.push((tag, half.entries, next));
+        let (mut listed, mut after) = (Vec::new(), 0);
+        while let page = store.list(tag, after, 7).await.unwrap()
+            && let Some(next) = page.next
+        {
+            listed.extend(page.entries);
+            parts.push((tag, listed.clone(), next));
+            after = next;
         }
     }
-    assert!(halves.len() >= 4, "all but the tag that none has");
+    assert!(parts.len() >= 20);
     let mut now = 1000;
     for n in 0..2000 {
         now += 10;
@@ -187,8 +192,8 @@ pub(super) async fn a_listing_goes_on_where_its_place_is_gone(backend: impl Back
             sweep_all(&store, now).await;
         }
     }
-    for (tag, half, next) in halves {
-        let mut seen: BTreeMap<RecordId, Entry> = half.into_iter().collect();
+    for (tag, listed, next) in parts {
+        let mut seen: BTreeMap<RecordId, Entry> = listed.into_iter().collect();
         seen.extend(pages(&store, tag, next, 64).await.concat());
         for (id, entry) in with_tag(&held, tag) {
             assert_eq!(seen.get(&id), Some(&entry), "{tag:?}");

@@ -1143,22 +1143,37 @@ fn a_listing_is_whole_before_the_index_has_been_walked_through() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("data");
     let runtime = runtime();
-    let mut held = filled(&path, 300);
-    // Of each kind some in the index and some behind its checkpoint; some superseded, some removed.
+    let mut held = BTreeMap::new();
+    // Some superseded, some removed. Of each kind some are in the index, and some behind its checkpoint: what is claimed
+    // and stays so goes last, since all behind a claim is in memory.
     runtime.block_on(async {
         let store = open(&path);
-        for n in (0..300).step_by(7) {
-            let old = held.get(&n).unwrap().version;
-            let unknown = value(UNKNOWN, Some(FAR), &format!("unknown {n}"));
-            held.insert(n, Entry { version: put(&store, n, Some(old), unknown.clone(), 4000).await, value: unknown });
+        for n in 0..303 {
+            if n >= 300 {
+                let claim = value(CLAIMED, None, "still claimed");
+                held.insert(n, Entry { version: put(&store, n, None, claim.clone(), 4000).await, value: claim });
+            }
+            let n = if n < 300 { n } else { n + 100 };
+            let settled = pair(&store, n, FAR, 4000).await;
+            let (old, unknown) = (Some(settled.version), value(UNKNOWN, Some(FAR), &format!("unknown {n}")));
+            held.insert(n, settled);
+            if n % 7 == 0 {
+                let version = put(&store, n, old, unknown.clone(), 4000).await;
+                held.insert(n, Entry { version, value: unknown });
+            } else if n % 50 == 5 {
+                held.remove(&n);
+                store.compare_and_swap(id(n), old, None, 4000, Urgency::Settle).await.unwrap();
+            }
         }
-        let old = held.remove(&5).unwrap().version;
-        store.compare_and_swap(id(5), Some(old), None, 4000, Urgency::Settle).await.unwrap();
     });
-    // Without threads, only what is asked for is compared.
-    let store = open_at_once(&path, 0);
-    runtime.block_on(assert_listed(&store, &held));
-    drop(store);
+    // Without threads, only what is asked for is compared: each kind before another one has done that.
+    for tag in [Some(UNKNOWN), Some(COMPLETED), Some(CLAIMED), None] {
+        let store = open_at_once(&path, 0);
+        let listed = runtime.block_on(list_all(&store, tag, 64));
+        let wanted = held.values().filter(|entry| tag.is_none_or(|tag| entry.value.tag == tag)).count();
+        assert_eq!(listed.len(), wanted, "{tag:?}");
+        runtime.block_on(assert_listed(&store, &held));
+    }
     // A listing that was begun before the walk is over goes on after it.
     let store = open_at_once(&path, 0);
     let half = runtime.block_on(store.list(Some(UNKNOWN), 0, 100)).unwrap();

@@ -1,7 +1,7 @@
 //! Operators' acts, and the races with requests on the same key.
 
 use super::*;
-use crate::idempotency::Resolution;
+use crate::idempotency::{Resolution, Verdict};
 use tokio::task::JoinHandle;
 
 type Decide = fn(&Record) -> Result<(Policy, Event), &'static str>;
@@ -232,6 +232,34 @@ async fn a_retry_waits_for_an_act_under_way_and_finds_what_it_has_left() {
             let claimed = lead(&bench.ledger, &resending()).claim().await.unwrap();
             let ClaimResult::Claimed(claimed) = claimed else { panic!("not claimed") };
             assert!(!claimed.resend, "the key is new");
+        }
+    }
+}
+
+/// `unknown_outcome = "lookup"`: the upstream is being asked while an operator wants to settle the record.
+#[tokio::test]
+async fn an_operator_waits_for_the_upstreams_word_and_acts_on_what_it_leaves() {
+    for (verdict, decide) in [Verdict::Undecided, Verdict::NotExecuted]
+        .into_iter()
+        .flat_map(|verdict| ALL.map(|decide| (verdict.clone(), decide)))
+    {
+        let bench = bench();
+        unknown(&bench.ledger).await;
+        let mut asking = arrival(1, 1);
+        asking.policy.unknown_outcome = UnknownOutcome::Lookup { min_age_ms: 0 };
+        let ClaimResult::LookUp(inquiry) = lead(&bench.ledger, &asking).claim().await.unwrap() else { panic!() };
+        let acting = begin(&bench.ledger, decide).await;
+        assert!(!acting.is_finished() && bench.ledger.show(ID).await.unwrap().unwrap().in_flight);
+        let told = inquiry.tell(verdict.clone()).await.unwrap();
+        settle_down().await;
+        let done = acting.await.unwrap();
+        match (verdict, told) {
+            (Verdict::NotExecuted, ClaimResult::Claimed(claimed)) => {
+                assert_eq!(refusal(done), Refusal::InFlight, "it is sent again");
+                drop(claimed);
+            }
+            (_, ClaimResult::Answer(Answer::OutcomeUnknown)) => drop(done.unwrap()),
+            _ => panic!("told otherwise"),
         }
     }
 }
