@@ -1475,7 +1475,6 @@ fn the_promise_itself_catches_mutants() {
         Mutant::VerdictForAnyClaim,
         Mutant::NoMinAge,
         Mutant::MinAgeCountsToTheAnswer,
-        Mutant::LookupOfALiveClaim,
         Mutant::UndecidedIsNotExecuted,
     ];
     for mutant in executed_twice {
