@@ -14,7 +14,7 @@ use crate::idempotency::{
     Why, Write, step,
 };
 use crate::ledger::{Reservation, new_token};
-use crate::store::{HashOfIds, RecordId};
+use crate::store::RecordId;
 use crate::telemetry::Outcome as Result_;
 use bytes::Bytes;
 use http::header::{LOCATION, RETRY_AFTER};
@@ -33,12 +33,12 @@ const RECORDS_MAX: u64 = 50_000;
 
 /// The records as they would be, for all workers.
 pub(super) struct Model {
-    records: Cache<RecordId, Record, HashOfIds>,
+    records: Cache<RecordId, Record>,
 }
 
 impl Default for Model {
     fn default() -> Self {
-        Self { records: Cache::builder().max_capacity(RECORDS_MAX).build_with_hasher(HashOfIds::default()) }
+        Self { records: Cache::new(RECORDS_MAX) }
     }
 }
 
