@@ -13,6 +13,7 @@ mod admin;
 mod chaining;
 mod clients;
 mod disk;
+mod edge_sidecar;
 mod engines;
 mod execution;
 mod fingerprint;
