@@ -80,7 +80,7 @@ pub(super) struct Pace {
 }
 
 impl Keys {
-    /// Reads a file; what a URL publishes is fetched once [`Self::keep_fresh`] runs.
+    /// Reads a file; what a URL publishes is fetched once `keep_fresh` runs.
     ///
     /// # Errors
     /// The file cannot be read, or has no usable key in it; the text names the file.
