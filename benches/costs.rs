@@ -63,7 +63,7 @@ const BOUNDS: [Bound; 3] = [
     // The body goes with its head: no call more.
     Bound { workload: "post", system_calls_max: 6.2, allocations_max: 12.5 },
     // The client's side alone: nothing of the store, nothing of the upstream.
-    Bound { workload: "replay", system_calls_max: 3.2, allocations_max: 33.5 },
+    Bound { workload: "replay", system_calls_max: 3.2, allocations_max: 27.5 },
 ];
 /// Told without a bound: the store's groups vary.
 const FREE: &[&str] = &["fresh"];
