@@ -234,8 +234,8 @@ fn check(input: &Input) {
     let Some(tenant) = asked.tenant(1) else { return };
     let parts: Vec<_> = asked.parts.iter().map(|(part, value)| (part.to_string(), value.clone())).collect();
     let key = input.key.bytes();
-    let id = tenant.record_id(&key);
     let derived = tenant.derive_key(&[input.payload; 32]);
+    let id = tenant.record_id(&key);
     assert_eq!(derived.len(), 64);
 
     let mut seen = SEEN.lock().unwrap();
@@ -253,8 +253,8 @@ fn check(input: &Input) {
 
     // Spelled otherwise, it is the same tenant; under another secret nothing is the same.
     let again = Asked::new(input, true).tenant(1).expect("no more is wrong with it");
-    assert_eq!(again.record_id(&key), id);
     assert_eq!(again.derive_key(&[input.payload; 32]), derived);
+    assert_eq!(again.record_id(&key), id);
     assert_ne!(asked.tenant(2).unwrap().record_id(&key), id);
 }
 
