@@ -299,8 +299,7 @@ impl Gateway {
         {
             return self.answer(answer, false);
         }
-        let asked = scope::Request { headers: &parts.headers, path, params, peer, claims: None };
-        let credentials = scope::credentials(&self.secret, options, &asked);
+        let credentials = scope::credentials(&self.secret, options, &parts.headers, peer);
         let arrival = Arrival {
             id,
             origin: Origin {
@@ -451,7 +450,7 @@ fn unavailable(error: &StoreError) -> Problem {
 #[cfg(test)]
 mod test_support {
     use super::{MissingKey, Mode, OnStoreError, ReplayAuth, RouteOptions, route, scope};
-    use crate::idempotency::{Concurrent, FingerprintSettings, OutcomeTable, Policy, UnknownOutcome};
+    use crate::idempotency::{FingerprintSettings, OutcomeTable, Policy};
     use http::HeaderName;
     use std::time::Duration;
 
@@ -465,13 +464,7 @@ mod test_support {
             missing_key: MissingKey::Pass,
             scope: scope.to_vec(),
             fingerprint: FingerprintSettings::default(),
-            policy: Policy {
-                retention_ms: 86_400_000,
-                unknown_retention_ms: 604_800_000,
-                concurrent: Concurrent::Wait,
-                unknown_outcome: UnknownOutcome::Hold,
-                lease_ms: None,
-            },
+            policy: Policy::default(),
             outcomes: OutcomeTable::default(),
             wait_timeout: Duration::from_secs(10),
             max_waiters_per_key: 1024,

@@ -1,7 +1,6 @@
 //! An operator's answer: an HTTP/1.1 response message (RFC 9112), as it will be replayed.
 
 use super::records::RouteRules;
-use crate::gateway::headers::IDEMPOTENCY_OUTCOME;
 use crate::gateway::reply::{recordable, to_recorded};
 use crate::idempotency::Response;
 use bytes::Bytes;
@@ -70,8 +69,7 @@ impl Message {
                 rules.max_recorded_body
             ));
         }
-        let mut kept = recordable(&self.headers, &rules.drop_headers);
-        kept.remove(&IDEMPOTENCY_OUTCOME);
+        let kept = recordable(&self.headers, &rules.drop_headers);
         Ok(to_recorded(self.status, &kept, self.body))
     }
 }

@@ -5,7 +5,7 @@ use super::problem::{Code, Problem};
 use super::query::{self, Parameters, Query};
 use super::{Answer, answer, document, message};
 use crate::gateway::GatewayLedger;
-use crate::idempotency::{Concurrent, Event, Policy, Record, Resolution, UnknownOutcome};
+use crate::idempotency::{Event, Policy, Record, Resolution};
 use crate::ledger::{Act, Acted, Refusal};
 use crate::store::{RecordId, StoreError, Version};
 use bytes::Bytes;
@@ -37,15 +37,12 @@ pub(crate) struct RouteRules {
 impl RouteRules {
     /// Where no route is configured: the defaults.
     pub(super) fn unconfigured() -> Self {
-        const DAY_MS: u64 = 24 * 60 * 60 * 1000;
-        let policy = Policy {
-            retention_ms: DAY_MS,
-            unknown_retention_ms: 7 * DAY_MS,
-            concurrent: Concurrent::Wait,
-            unknown_outcome: UnknownOutcome::Hold,
-            lease_ms: None,
-        };
-        Self { pattern: String::new(), policy, max_recorded_body: 1 << 20, drop_headers: vec![SET_COOKIE] }
+        Self {
+            pattern: String::new(),
+            policy: Policy::default(),
+            max_recorded_body: 1 << 20,
+            drop_headers: vec![SET_COOKIE],
+        }
     }
 }
 

@@ -279,12 +279,13 @@ fn route(
     let names = |names: &[&'static str]| names.iter().map(|name| HeaderName::from_static(name)).collect::<Vec<_>>();
     let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     let fingerprint_headers = merged.get(|w| &w.fingerprint_headers).unwrap_or_default();
+    let default = Policy::default();
     let ask = questions::Merged { own: &own.questions, general: &general.questions, name, pattern: &pattern };
     let replay_auth = merged.get(|w| &w.replay_auth).unwrap_or(ReplayAuth::Scope);
     let (at_auth, table) = merged.place(|w| &w.replay_auth);
     let wanted = (&at_auth, &*format!("{table}.replay_auth"));
     let probe = (replay_auth == ReplayAuth::Probe && !broken).then(|| ask.probe(wanted, errors)).flatten();
-    let mut unknown_outcome = merged.get(|w| &w.unknown_outcome).unwrap_or(UnknownOutcome::Hold);
+    let mut unknown_outcome = merged.get(|w| &w.unknown_outcome).unwrap_or(default.unknown_outcome);
     let mut lookup = None;
     if let UnknownOutcome::Lookup { min_age_ms } = &mut unknown_outcome
         && !broken
@@ -309,11 +310,11 @@ fn route(
             headers: fingerprint_headers.iter().map(|name| name.as_str().to_owned()).collect(),
         },
         policy: Policy {
-            retention_ms: ms(merged.get(|w| &w.retention).unwrap_or(Duration::from_secs(86_400))),
-            unknown_retention_ms: ms(merged.get(|w| &w.unknown_retention).unwrap_or(Duration::from_secs(604_800))),
-            concurrent: merged.get(|w| &w.concurrent).unwrap_or(Concurrent::Wait),
+            retention_ms: merged.get(|w| &w.retention).map_or(default.retention_ms, ms),
+            unknown_retention_ms: merged.get(|w| &w.unknown_retention).map_or(default.unknown_retention_ms, ms),
+            concurrent: merged.get(|w| &w.concurrent).unwrap_or(default.concurrent),
             unknown_outcome,
-            lease_ms: None,
+            ..default
         },
         outcomes,
         wait_timeout: merged.get(|w| &w.wait_timeout).unwrap_or(Duration::from_secs(10)),

@@ -4,7 +4,7 @@ use super::body::{ForwardBody, join};
 use super::headers::{self, IDEMPOTENCY_OUTCOME, strip_hop_by_hop};
 use super::pass::send_problem;
 use super::problem::Problem;
-use super::reply::{BodyError, ReplyBody, recordable, to_recorded};
+use super::reply::{BodyError, ReplyBody, recordable, to_omitted, to_recorded};
 use super::upstream::{Incoming, SendError};
 use super::{
     Counted, Gateway, Intercepted, NormalPath, OnStoreError, Params, Route, SharedClaim, Unrecorded as SharedResponse,
@@ -17,7 +17,7 @@ use crate::ledger::{Answer, Claim, ClaimResult, Held, Lead, Reservation};
 use crate::store::{AnyStore, StoreError};
 use crate::telemetry::Outcome as Result_;
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, LOCATION, RETRY_AFTER, TRAILER};
+use http::header::{CONTENT_LENGTH, RETRY_AFTER, TRAILER};
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version, response};
 use http_body::{Body, Frame};
@@ -246,8 +246,7 @@ impl Forward {
     async fn settle_complete(mut self: Box<Self>, claim: Claim_, head: response::Parts, body: Bytes) {
         let outcome = self.classify(&head, claim.resend);
         let response = respond(&head, ReplyBody::full(body.clone()));
-        let mut kept = recordable(&head.headers, &self.route.options.drop_headers);
-        kept.remove(&IDEMPOTENCY_OUTCOME);
+        let kept = recordable(&head.headers, &self.route.options.drop_headers);
         match outcome {
             Verdict::Final => {
                 let recorded = Recorded::Full(to_recorded(head.status, &kept, body));
@@ -266,10 +265,7 @@ impl Forward {
     async fn settle_large(self: Box<Self>, claim: Claim_, large: Large) {
         let head = &large.head;
         let outcome = match self.classify(head, claim.resend) {
-            Verdict::Final => {
-                let location = head.headers.get(LOCATION).map(|value| Bytes::copy_from_slice(value.as_bytes()));
-                Outcome::Final(Recorded::Omitted { status: head.status.as_u16(), location })
-            }
+            Verdict::Final => Outcome::Final(to_omitted(head.status, &head.headers)),
             Verdict::NotExecuted(evidence) => Outcome::NotExecuted(evidence),
             Verdict::Unknown(why) => Outcome::Unknown(why),
         };

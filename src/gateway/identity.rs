@@ -129,6 +129,13 @@ mod tests {
     }
 
     #[test]
+    fn a_route_that_is_only_observed_has_no_identity() {
+        let enforced = super::super::test_support::route_options(&[super::super::scope::Part::Authorization]);
+        let observed = RouteOptions { mode: Mode::Observe, ..enforced.clone() };
+        assert_eq!(of(&[observed, enforced.clone()]), of(&[enforced]));
+    }
+
+    #[test]
     fn new_routes_are_free_and_old_ones_are_remembered() {
         let noted = [route("/posts", SCOPE)];
         let today = [route("/mails", &["host", "authorization"])];

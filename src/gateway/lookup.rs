@@ -1,15 +1,14 @@
 //! `unknown_outcome = "lookup"`: the upstream is asked what became of a request.
 
 use super::forward::{Exchange, Forward, exchange, outcome_word};
-use super::headers::IDEMPOTENCY_OUTCOME;
 use super::problem::{Problem, is_a_gateways};
 use super::question::{Asked, Template, question};
-use super::reply::{recordable, to_recorded};
+use super::reply::{recordable, to_omitted, to_recorded};
 use super::{GatewayInquiry, SharedClaim, unavailable};
 use crate::idempotency::outcome::Class;
 use crate::idempotency::{OutcomeTable, Recorded, Verdict};
 use bytes::Bytes;
-use http::header::{LOCATION, RETRY_AFTER};
+use http::header::RETRY_AFTER;
 use http::response;
 use std::time::Duration;
 use tokio::time::timeout;
@@ -76,14 +75,10 @@ impl Forward {
         if head.status.is_success() {
             return Verdict::Executed(match body {
                 Some(body) => {
-                    let mut kept = recordable(&head.headers, &self.route.options.drop_headers);
-                    kept.remove(&IDEMPOTENCY_OUTCOME);
+                    let kept = recordable(&head.headers, &self.route.options.drop_headers);
                     Recorded::Full(to_recorded(head.status, &kept, body))
                 }
-                None => {
-                    let location = head.headers.get(LOCATION).map(|value| Bytes::copy_from_slice(value.as_bytes()));
-                    Recorded::Omitted { status, location }
-                }
+                None => to_omitted(head.status, &head.headers),
             });
         }
         match options.not_executed.classify(status, head.headers.contains_key(RETRY_AFTER)) {

@@ -6,6 +6,7 @@ use super::forward::outcome_word;
 use super::key::Key;
 use super::path::{NormalPath, Params};
 use super::problem::Problem;
+use super::reply::to_omitted;
 use super::upstream::SendError;
 use super::{Gateway, MissingKey, Peer, Route, derived, fingerprint, headers, scope};
 use crate::idempotency::outcome::Class;
@@ -17,7 +18,7 @@ use crate::ledger::{Reservation, new_token};
 use crate::store::RecordId;
 use crate::telemetry::Outcome as Result_;
 use bytes::Bytes;
-use http::header::{LOCATION, RETRY_AFTER};
+use http::header::RETRY_AFTER;
 use http::request::Parts;
 use http::{Request, response};
 use http_body::{Body, Frame, SizeHint};
@@ -236,8 +237,7 @@ impl Observed {
                 let limit = u64::try_from(options.max_recorded_body).unwrap_or(u64::MAX);
                 let omitted = headers::declared_length(&head.headers).is_some_and(|len| len > limit);
                 Outcome::Final(if omitted {
-                    let location = head.headers.get(LOCATION).map(|value| Bytes::copy_from_slice(value.as_bytes()));
-                    Recorded::Omitted { status, location }
+                    to_omitted(head.status, &head.headers)
                 } else {
                     Recorded::Full(Response { status, headers: Vec::new(), body: Bytes::new() })
                 })

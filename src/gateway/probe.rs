@@ -1,7 +1,7 @@
 //! `replay_auth = "probe"`: before anyone gets what a record holds, the upstream is asked whether he may see it.
 
 use super::forward::{Exchange, Unrecorded, exchange};
-use super::headers::{IDEMPOTENCY_OUTCOME, prepare_request};
+use super::headers::prepare_request;
 use super::problem::{Code, Problem};
 use super::question::{Asked, Template, question};
 use super::reply::recordable;
@@ -157,8 +157,7 @@ impl Gateway {
         match (head.status, body) {
             (status, _) if status.is_success() => Verdict::Allowed,
             (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, Some(body)) => {
-                let mut headers = recordable(&head.headers, &options.drop_headers);
-                headers.remove(&IDEMPOTENCY_OUTCOME);
+                let headers = recordable(&head.headers, &options.drop_headers);
                 Verdict::Denied(Arc::new(Unrecorded::Response { status: head.status, headers, body }))
             }
             (status, _) => probe_failed(&format!("it was answered {status}")),

@@ -1,11 +1,11 @@
 //! Response bodies on their way to the client, and replays.
 
-use super::headers::{CACHE_STATUS, IDEMPOTENCY_REPLAYED, strip_hop_by_hop};
+use super::headers::{CACHE_STATUS, IDEMPOTENCY_OUTCOME, IDEMPOTENCY_REPLAYED, strip_hop_by_hop};
 use super::upstream::Passing;
 use crate::idempotency::{Millis, Recorded, Response as RecordedResponse, State};
 use crate::ledger::Remembered;
 use bytes::Bytes;
-use http::header::{AGE, CONTENT_LENGTH};
+use http::header::{AGE, CONTENT_LENGTH, LOCATION};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use std::pin::Pin;
@@ -69,12 +69,14 @@ impl Body for ReplyBody {
     }
 }
 
-/// What is kept of a response's head: end-to-end fields without `drop_headers` and the length, which replays count anew.
+/// What is kept of a response's head: end-to-end fields without `drop_headers`, the length, which replays count anew, and the
+/// upstream's word, which is for this gateway.
 #[must_use]
 pub fn recordable(headers: &HeaderMap, drop_headers: &[HeaderName]) -> HeaderMap {
     let mut kept = headers.clone();
     strip_hop_by_hop(&mut kept);
     kept.remove(CONTENT_LENGTH);
+    kept.remove(&IDEMPOTENCY_OUTCOME);
     for name in drop_headers {
         kept.remove(name);
     }
@@ -87,6 +89,13 @@ pub fn to_recorded(status: StatusCode, headers: &HeaderMap, body: Bytes) -> Reco
     let bytes = |bytes: &[u8]| Bytes::copy_from_slice(bytes);
     let headers = headers.iter().map(|(name, value)| (bytes(name.as_str().as_bytes()), bytes(value.as_bytes())));
     RecordedResponse { status: status.as_u16(), headers: headers.collect(), body }
+}
+
+/// The record's form of a response whose body is too large.
+#[must_use]
+pub(super) fn to_omitted(status: StatusCode, headers: &HeaderMap) -> Recorded {
+    let location = headers.get(LOCATION).map(|value| Bytes::copy_from_slice(value.as_bytes()));
+    Recorded::Omitted { status: status.as_u16(), location }
 }
 
 /// Answers from a completed record (RFC 9211 `Cache-Status`, RFC 9111 §4.2.3 `Age`). `None`: it holds no such response.

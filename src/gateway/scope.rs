@@ -277,15 +277,15 @@ fn missing(detail: String) -> Problem {
 }
 
 /// A digest of everything that may tell the caller apart.
-pub(super) fn credentials(secret: &Secret, route: &RouteOptions, request: &Request<'_>) -> Credentials {
+pub(super) fn credentials(secret: &Secret, route: &RouteOptions, headers: &HeaderMap, peer: &Peer) -> Credentials {
     let mut parts = Vec::with_capacity(256);
     let names = [&AUTHORIZATION, &COOKIE].into_iter().chain(&route.credential_headers).chain(&route.trusted_headers);
     for name in names {
-        for value in request.headers.get_all(name) {
+        for value in headers.get_all(name) {
             feed(&mut parts, &[name.as_str()], Some(value.as_bytes()));
         }
     }
-    if let Some(holder) = &request.peer.client_cert {
+    if let Some(holder) = &peer.client_cert {
         feed(&mut parts, &["client-cert"], Some(holder.as_bytes()));
     }
     Credentials(*blake3::keyed_hash(&secret.0, &parts).as_bytes())
@@ -319,7 +319,7 @@ mod tests {
         let peer = Peer { ip: None, trusted: asked.trusted, https: false, client_cert: None };
         let request = Request { headers: &asked.headers, path: &path, params: &params, peer: &peer, claims: None };
         let id = tenant(&SECRET, route, &request)?.record_id(b"key");
-        Ok((id, credentials(&SECRET, route, &request)))
+        Ok((id, credentials(&SECRET, route, request.headers, request.peer)))
     }
 
     fn id(route: &RouteOptions, asked: &Asked) -> RecordId {

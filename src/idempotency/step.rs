@@ -31,6 +31,20 @@ pub struct Policy {
     pub lease_ms: Option<u64>,
 }
 
+/// What a configuration that says nothing says.
+impl Default for Policy {
+    fn default() -> Self {
+        const DAY_MS: u64 = 24 * 60 * 60 * 1000;
+        Self {
+            retention_ms: DAY_MS,
+            unknown_retention_ms: 7 * DAY_MS,
+            concurrent: Concurrent::Wait,
+            unknown_outcome: UnknownOutcome::Hold,
+            lease_ms: None,
+        }
+    }
+}
+
 /// How a forward ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
