@@ -14,6 +14,7 @@ use crate::server::inherit::{InheritError, Inherited};
 use crate::server::tls::Tls;
 use crate::server::workers::Workers;
 use crate::server::{Address, BindError, Listener, Server};
+use crate::store::shared::OpenError as SharedError;
 use crate::store::{self, AnyStore, Health, OpenError, Store, StoreError};
 use crate::telemetry::{Metrics, Reading};
 use std::future::Future;
@@ -44,6 +45,8 @@ pub enum StartError {
         "admin.listen: {0} is open to other machines, and so would be the records: write admin.token_file, or listen on loopback"
     )]
     Exposed(Address),
+    #[error("the store's secret has {0} bytes instead of 32: something else has written there, or it is damaged")]
+    Secret(usize),
     #[error("cannot start the worker threads: {0}")]
     Workers(#[source] std::io::Error),
     #[error("the operating system gave no randomness for the store's secret: {0}")]
@@ -54,7 +57,12 @@ impl StartError {
     /// 2 for what the configuration says, 1 for everything else.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
-        if matches!(self, Self::Identity(_) | Self::Exposed(_)) { 2 } else { 1 }
+        let configured = match self {
+            Self::Identity(_) | Self::Exposed(_) => true,
+            Self::Open(OpenError::Shared(error)) => matches!(error, SharedError::NotStrict { .. } | SharedError::Options { .. }),
+            _ => false,
+        };
+        if configured { 2 } else { 1 }
     }
 }
 
@@ -78,10 +86,10 @@ pub struct Running {
 /// # Errors
 /// See [`StartError`]; nothing is left running then.
 pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running, StartError> {
-    let store = AnyStore::open(&config.store)?;
+    let store = AnyStore::open(&config.store).await?;
     warn_of_new_store(&store, &config.store);
-    let secret = secret(&store)?;
-    note_identity(&store, &identity::of(&config.gateway.routes), accept_new_identity)?;
+    let secret = secret(&store).await?;
+    note_identity(&store, &identity::of(&config.gateway.routes), accept_new_identity).await?;
     let metrics = Metrics::default();
     let clock = Clock::system(Millis(store.newest_ms()));
     let ledger: GatewayLedger = Ledger::new(store, clock, &config.ledger, metrics.clone());
@@ -256,36 +264,44 @@ pub fn key_of_parts(parts: &[String]) -> [u8; 32] {
 }
 
 /// The store's secret, made when the store is.
-fn secret(store: &AnyStore) -> Result<Secret, StartError> {
+async fn secret(store: &AnyStore) -> Result<Secret, StartError> {
     const NAME: &str = "secret";
-    if let Some(secret) = store.setting(NAME).and_then(|bytes| <[u8; 32]>::try_from(bytes.as_ref()).ok()) {
-        return Ok(Secret(secret));
+    loop {
+        if let Some(noted) = store.setting(NAME).await? {
+            return <[u8; 32]>::try_from(noted.as_ref()).map(Secret).map_err(|_| StartError::Secret(noted.len()));
+        }
+        let mut secret = [0; 32];
+        getrandom::fill(&mut secret).map_err(StartError::Randomness)?;
+        // Another gateway may have been faster: its secret is everybody's.
+        store.swap_setting(NAME, None, &secret).await?;
     }
-    let mut secret = [0; 32];
-    getrandom::fill(&mut secret).map_err(StartError::Randomness)?;
-    store.set_setting(NAME, &secret)?;
-    Ok(Secret(secret))
 }
 
-fn note_identity(store: &AnyStore, today: &[RouteIdentity], accept_new: bool) -> Result<(), StartError> {
+async fn note_identity(store: &AnyStore, today: &[RouteIdentity], accept_new: bool) -> Result<(), StartError> {
     const NAME: &str = "identity";
-    let noted: Vec<RouteIdentity> = match store.setting(NAME) {
-        Some(bytes) => serde_json::from_slice(&bytes).map_err(StartError::IdentityNote)?,
-        None => Vec::new(),
-    };
-    let all = match identity::compare(&noted, today) {
-        Ok(all) => all,
-        Err(changes) if accept_new => {
-            tracing::warn!(?changes, "new identity accepted: requests retried across this change are executed again");
-            today.to_vec()
+    loop {
+        let note = store.setting(NAME).await?;
+        let noted: Vec<RouteIdentity> = match &note {
+            Some(bytes) => serde_json::from_slice(bytes).map_err(StartError::IdentityNote)?,
+            None => Vec::new(),
+        };
+        let all = match identity::compare(&noted, today) {
+            Ok(all) => all,
+            Err(changes) if accept_new => {
+                tracing::warn!(?changes, "new identity accepted: requests retried across this change are executed again");
+                today.to_vec()
+            }
+            Err(changes) => return Err(StartError::Identity(changes)),
+        };
+        if all == noted {
+            return Ok(());
         }
-        Err(changes) => return Err(StartError::Identity(changes)),
-    };
-    if all != noted {
-        let note = serde_json::to_vec(&all).map_err(StartError::IdentityNote)?;
-        store.set_setting(NAME, &note)?;
+        let new = serde_json::to_vec(&all).map_err(StartError::IdentityNote)?;
+        if store.swap_setting(NAME, note.as_deref(), &new).await? {
+            return Ok(());
+        }
+        // Another gateway has noted something meanwhile.
     }
-    Ok(())
 }
 
 /// What an operator's act on a record of this route goes by.

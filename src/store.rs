@@ -5,8 +5,9 @@ mod files;
 mod index;
 pub mod log;
 pub mod memory;
+pub mod shared;
 
-pub use embedded::OpenError;
+pub use shared::{StoreTime, Watch};
 
 use bytes::Bytes;
 use std::future::Future;
@@ -120,6 +121,10 @@ pub enum StoreError {
     /// The store has failed for good: a write or flush went wrong. A write under way may or may not have landed.
     #[error("the store has failed and takes no more writes until the gateway is restarted: {reason}")]
     Failed { reason: String },
+    /// A shared store cannot be reached, or does not answer in time. `may_land_until_ms`: a write may have landed, or may
+    /// still do so up to that time of the store's clock; `None`: nothing was written, and nothing will be.
+    #[error("the store cannot be reached: {reason}")]
+    Unavailable { reason: String, may_land_until_ms: Option<u64> },
     /// The entry exists, but its bytes are damaged: its outcome is unknown, it is not absent.
     #[error("the entry of {id} is damaged: {detail}")]
     Damaged { id: RecordId, detail: String },
@@ -130,17 +135,20 @@ pub enum Health {
     Ok,
     /// New claims are refused, settling goes on.
     Full,
+    /// A shared store cannot be reached; that may pass.
+    Unreachable,
     /// Failed for good.
     Failed,
 }
 
-/// A reading of the store's gauges and counters, for metrics. Counters count since the start.
+/// A reading of the store's gauges and counters, for metrics. Counters count since the start. Of a shared store the
+/// entries may be as they were some seconds ago, and counters are this gateway's own.
 #[derive(Clone, Debug)]
 pub struct Status {
     pub health: Health,
     /// Whether opening it has created it.
     pub created: bool,
-    /// Entries by tag. Expired ones count until they are swept.
+    /// Entries by tag. Expired ones count until they are swept. Shared stores tell what costs little to count.
     pub entries: [u64; Tag::COUNT],
     /// Time of the oldest write among the entries of a tag; told of [`OLDEST_TRACKED`] at least.
     pub oldest_ms: [Option<u64>; Tag::COUNT],
@@ -156,15 +164,19 @@ pub trait Store: Send + Sync + 'static {
     /// What the store holds under `id`.
     ///
     /// # Errors
-    /// [`StoreError::Failed`], [`StoreError::Damaged`].
+    /// [`StoreError::Failed`], [`StoreError::Unavailable`], [`StoreError::Damaged`].
     fn get(&self, id: RecordId) -> impl Future<Output = Result<Option<Entry>, StoreError>> + Send;
 
     /// Writes `new` (`None`: removes) under `id` if the store holds just version `expected` of it (`None`: nothing).
     /// When it says [`Swap::Done`], the write is as durable as the store is configured to be.
     /// The operation goes on if the future is dropped.
     ///
+    /// A shared store that finds a conflicting entry that equals `new` in all but the version may take it for this write,
+    /// whose answer was lost: whoever needs to tell his writes from others' puts a token into their bytes.
+    ///
     /// # Errors
-    /// [`StoreError::Full`], for [`Urgency::Settle`] only when no byte can be had; [`StoreError::Failed`]; [`StoreError::Damaged`] if the conflicting entry cannot be read.
+    /// [`StoreError::Full`], for [`Urgency::Settle`] only when no byte can be had; [`StoreError::Failed`]; [`StoreError::Unavailable`];
+    /// [`StoreError::Damaged`] if the conflicting entry cannot be read.
     fn compare_and_swap(
         &self,
         id: RecordId,
@@ -178,17 +190,17 @@ pub trait Store: Send + Sync + 'static {
     /// that had expired, and gives their space back. Returns how long to wait before the next call.
     ///
     /// # Errors
-    /// [`StoreError::Failed`].
+    /// [`StoreError::Failed`], [`StoreError::Unavailable`].
     fn sweep(&self, now_ms: u64) -> impl Future<Output = Result<Duration, StoreError>> + Send;
 
-    /// All entries of a tag that never expires; meant for few (claims found at start).
+    /// All entries that never expire; meant for few (claims found at start). A shared store tells none: they are others' too.
     ///
     /// # Errors
     /// [`StoreError::Failed`], [`StoreError::Damaged`].
     fn unexpiring(&self) -> Result<Vec<(RecordId, Entry)>, StoreError>;
 
-    /// What the store holds, of a tag or altogether, roughly oldest first, in pages: `after` 0 begins, [`Page::next`] goes
-    /// on, also after a restart. What has expired but was not swept is shown: the caller judges. What stays unchanged
+    /// What the store holds, of a tag or altogether, roughly oldest first (Redis: in no order), in pages: `after` 0 begins,
+    /// [`Page::next`] goes on, also after a restart. What has expired but was not swept is shown: the caller judges. What stays unchanged
     /// from the first page to the last is in one of them (in two, if the sweep moves it meanwhile); what is written
     /// meanwhile may be in none, or in several, each time as it was then.
     ///
@@ -197,7 +209,7 @@ pub trait Store: Send + Sync + 'static {
     /// Damaged entries are passed over, with a word in the log. A cursor that no page has given begins anywhere.
     ///
     /// # Errors
-    /// [`StoreError::Failed`].
+    /// [`StoreError::Failed`], [`StoreError::Unavailable`].
     fn list(&self, tag: Option<Tag>, after: u64, visit: usize)
     -> impl Future<Output = Result<Page, StoreError>> + Send;
 
@@ -205,13 +217,32 @@ pub trait Store: Send + Sync + 'static {
     fn newest_ms(&self) -> u64;
 
     /// A small value that belongs to the store as a whole; `None` if it was never set.
-    fn setting(&self, name: &str) -> Option<Bytes>;
-
-    /// Sets it, durably. Blocks; meant for start-up.
     ///
     /// # Errors
-    /// [`StoreError::Failed`].
-    fn set_setting(&self, name: &str, value: &[u8]) -> Result<(), StoreError>;
+    /// [`StoreError::Failed`], [`StoreError::Unavailable`].
+    fn setting(&self, name: &str) -> impl Future<Output = Result<Option<Bytes>, StoreError>> + Send;
+
+    /// Sets it, durably, if it is `expected` (`None`: was never set); `false`: it is not, and nothing was written. May block;
+    /// meant for start-up.
+    ///
+    /// # Errors
+    /// [`StoreError::Failed`], [`StoreError::Unavailable`].
+    fn swap_setting(
+        &self,
+        name: &str,
+        expected: Option<&[u8]>,
+        new: &[u8],
+    ) -> impl Future<Output = Result<bool, StoreError>> + Send;
+
+    /// The clock that all who share the store go by; `None`: the store has but one user.
+    fn time(&self) -> Option<StoreTime> {
+        None
+    }
+
+    /// To wait for an entry of a shared store to be changed, by another gateway perhaps.
+    fn watch(&self, _id: RecordId) -> Watch {
+        Watch::polling()
+    }
 
     fn status(&self) -> Status;
 
@@ -226,6 +257,15 @@ pub enum Options {
     Embedded(embedded::Options),
 }
 
+/// Why the store cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error(transparent)]
+    Embedded(#[from] embedded::OpenError),
+    #[error(transparent)]
+    Shared(#[from] shared::OpenError),
+}
+
 /// The store that the options ask for.
 pub enum AnyStore {
     Memory(Box<memory::Memory>),
@@ -233,11 +273,11 @@ pub enum AnyStore {
 }
 
 impl AnyStore {
-    /// Opens it. Blocks.
+    /// Opens it; an embedded one blocks.
     ///
     /// # Errors
     /// See [`OpenError`].
-    pub fn open(options: &Options) -> Result<Self, OpenError> {
+    pub async fn open(options: &Options) -> Result<Self, OpenError> {
         Ok(match options {
             Options::Memory => Self::Memory(Box::default()),
             Options::Embedded(options) => Self::Embedded(embedded::Embedded::open(options)?),
@@ -286,12 +326,20 @@ impl Store for AnyStore {
         delegate!(self, store => store.newest_ms())
     }
 
-    fn setting(&self, name: &str) -> Option<Bytes> {
-        delegate!(self, store => store.setting(name))
+    async fn setting(&self, name: &str) -> Result<Option<Bytes>, StoreError> {
+        delegate!(self, store => store.setting(name).await)
     }
 
-    fn set_setting(&self, name: &str, value: &[u8]) -> Result<(), StoreError> {
-        delegate!(self, store => store.set_setting(name, value))
+    async fn swap_setting(&self, name: &str, expected: Option<&[u8]>, new: &[u8]) -> Result<bool, StoreError> {
+        delegate!(self, store => store.swap_setting(name, expected, new).await)
+    }
+
+    fn time(&self) -> Option<StoreTime> {
+        delegate!(self, store => store.time())
+    }
+
+    fn watch(&self, id: RecordId) -> Watch {
+        delegate!(self, store => store.watch(id))
     }
 
     fn status(&self) -> Status {

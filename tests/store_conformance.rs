@@ -25,7 +25,7 @@ const UNKNOWN: Tag = Tag(2);
 /// A store, and how to open it anew after it was closed.
 trait Backend {
     type Store: Store;
-    fn open(&self) -> Self::Store;
+    async fn open(&self) -> Self::Store;
     const DURABLE: bool;
 }
 
@@ -33,7 +33,7 @@ struct InMemory;
 
 impl Backend for InMemory {
     type Store = Memory;
-    fn open(&self) -> Memory {
+    async fn open(&self) -> Memory {
         Memory::new()
     }
     const DURABLE: bool = false;
@@ -48,7 +48,7 @@ struct OnDisk {
 
 impl Backend for OnDisk {
     type Store = Embedded;
-    fn open(&self) -> Embedded {
+    async fn open(&self) -> Embedded {
         let path = self.dir.path().join("data");
         let (engine, durability) = (self.engine, self.durability);
         let options = Options { path, engine, create: true, min_free_bytes: 0, durability };
@@ -107,7 +107,7 @@ async fn sweep_all(store: &impl Store, now_ms: u64) {
 }
 
 async fn swaps_only_what_was_expected(backend: impl Backend) {
-    let store = backend.open();
+    let store = backend.open().await;
     assert_eq!(store.get(id(1)).await.unwrap(), None);
     let first = value(CLAIMED, None, "first");
     let v1 = put(&store, id(1), None, first.clone(), 10).await;
@@ -143,7 +143,7 @@ async fn versions_never_repeat(backend: impl Backend) {
         assert!(version > last);
         last = version;
     };
-    let mut store = backend.open();
+    let mut store = backend.open().await;
     for round in 0..20 {
         let v = put(&store, id(1), None, value(CLAIMED, None, "a"), round).await;
         note(v);
@@ -155,7 +155,7 @@ async fn versions_never_repeat(backend: impl Backend) {
         if is_durable(&backend) && round % 5 == 0 {
             store.close();
             drop(store);
-            store = backend.open();
+            store = backend.open().await;
         }
     }
     store.close();
@@ -166,7 +166,7 @@ fn is_durable<B: Backend>(_: &B) -> bool {
 }
 
 async fn expired_entries_stay_until_swept(backend: impl Backend) {
-    let store = backend.open();
+    let store = backend.open().await;
     let v1 = put(&store, id(1), None, value(COMPLETED, Some(1000), "soon"), 10).await;
     let v2 = put(&store, id(2), None, value(COMPLETED, Some(2000), "later"), 10).await;
     let v3 = put(&store, id(3), None, value(CLAIMED, None, "never"), 10).await;
@@ -189,7 +189,7 @@ async fn expired_entries_stay_until_swept(backend: impl Backend) {
 }
 
 async fn sweep_spares_a_newer_version(backend: impl Backend) {
-    let store = backend.open();
+    let store = backend.open().await;
     let mut expected = Vec::new();
     for n in 0..200 {
         let old = put(&store, id(n), None, value(UNKNOWN, Some(1000), "old"), 10).await;
@@ -209,7 +209,7 @@ async fn sweep_spares_a_newer_version(backend: impl Backend) {
 }
 
 async fn one_of_many_wins(backend: impl Backend) {
-    let store = Arc::new(backend.open());
+    let store = Arc::new(backend.open().await);
     for round in 0..10 {
         let barrier = Arc::new(tokio::sync::Barrier::new(64));
         let tasks: Vec<_> = (0..64)
@@ -237,7 +237,7 @@ async fn one_of_many_wins(backend: impl Backend) {
 }
 
 async fn a_chain_of_swaps_loses_none(backend: impl Backend) {
-    let store = Arc::new(backend.open());
+    let store = Arc::new(backend.open().await);
     put(&*store, id(7), None, value(CLAIMED, None, "0"), 10).await;
     let tasks: Vec<_> = (0..16)
         .map(|_| {
@@ -269,7 +269,7 @@ async fn a_chain_of_swaps_loses_none(backend: impl Backend) {
 }
 
 async fn a_dropped_future_does_not_lose_the_write(backend: impl Backend) {
-    let store = Arc::new(backend.open());
+    let store = Arc::new(backend.open().await);
     for n in 0..50 {
         let mine = value(CLAIMED, None, "claim");
         let mut swap = Box::pin(store.compare_and_swap(id(n), None, Some(mine), 10, Urgency::Claim));
@@ -296,7 +296,7 @@ async fn futures_poll_once<F: Future>(mut future: std::pin::Pin<&mut F>) -> Opti
 }
 
 async fn counts_and_lists_by_kind(backend: impl Backend) {
-    let store = backend.open();
+    let store = backend.open().await;
     assert!(store.status().created);
     assert_eq!(store.status().health, Health::Ok);
     let mut claims = Vec::new();
@@ -329,25 +329,33 @@ async fn counts_and_lists_by_kind(backend: impl Backend) {
     store.close();
 }
 
+async fn settings_are_as_left(store: &impl Store) {
+    assert_eq!(store.setting("secret").await.unwrap().as_deref(), Some(&b"changed"[..]));
+    assert_eq!(store.setting("empty").await.unwrap().as_deref(), Some(&b""[..]));
+    assert_eq!(store.setting("absent").await.unwrap(), None);
+}
+
 async fn settings_are_kept(backend: impl Backend) {
-    let store = backend.open();
-    assert_eq!(store.setting("secret"), None);
-    store.set_setting("secret", b"\x00\x01binary").unwrap();
-    store.set_setting("empty", b"").unwrap();
-    store.set_setting("secret", b"changed").unwrap();
-    assert_eq!(store.setting("secret").as_deref(), Some(&b"changed"[..]));
-    assert_eq!(store.setting("empty").as_deref(), Some(&b""[..]));
+    let store = backend.open().await;
+    assert_eq!(store.setting("secret").await.unwrap(), None);
+    assert!(store.swap_setting("secret", None, b"\x00\x01binary").await.unwrap());
+    assert!(store.swap_setting("empty", None, b"").await.unwrap());
+    for wrong in [None, Some(&b""[..]), Some(&b"\x00\x01binary0"[..])] {
+        assert!(!store.swap_setting("secret", wrong, b"never").await.unwrap(), "{wrong:?}");
+    }
+    assert!(!store.swap_setting("absent", Some(b""), b"never").await.unwrap());
+    assert!(store.swap_setting("secret", Some(b"\x00\x01binary"), b"changed").await.unwrap());
+    assert!(store.swap_setting("empty", Some(b""), b"").await.unwrap());
+    settings_are_as_left(&store).await;
     store.close();
     if is_durable(&backend) {
         drop(store);
-        let store = backend.open();
-        assert_eq!(store.setting("secret").as_deref(), Some(&b"changed"[..]));
-        assert_eq!(store.setting("empty").as_deref(), Some(&b""[..]));
+        settings_are_as_left(&backend.open().await).await;
     }
 }
 
 async fn values_of_all_sizes(backend: impl Backend) {
-    let mut store = backend.open();
+    let mut store = backend.open().await;
     let sizes = [0, 1, 7, 8, 9, 4000, 5000, 100_000, 1 << 20, (5 << 20) + 3];
     let mut held = Vec::new();
     for (n, size) in sizes.into_iter().enumerate() {
@@ -369,12 +377,12 @@ async fn values_of_all_sizes(backend: impl Backend) {
         }
         store.close();
         drop(store);
-        store = backend.open();
+        store = backend.open().await;
     }
 }
 
 async fn a_closed_store_says_so(backend: impl Backend) {
-    let store = backend.open();
+    let store = backend.open().await;
     put(&store, id(1), None, value(CLAIMED, None, "x"), 10).await;
     store.close();
     let swap = store.compare_and_swap(id(2), None, Some(value(CLAIMED, None, "y")), 11, Urgency::Claim).await;
@@ -384,7 +392,7 @@ async fn a_closed_store_says_so(backend: impl Backend) {
 }
 
 async fn reopening_keeps_everything(backend: impl Backend) {
-    let mut store = backend.open();
+    let mut store = backend.open().await;
     let mut held: Vec<(RecordId, Option<Entry>)> = Vec::new();
     for n in 0..120 {
         let claim = value(CLAIMED, None, &format!("claim {n}"));
@@ -412,7 +420,7 @@ async fn reopening_keeps_everything(backend: impl Backend) {
             store.close();
         }
         drop(store);
-        store = backend.open();
+        store = backend.open().await;
         let status = store.status();
         assert!(!status.created);
         assert_eq!(status.entries, before.entries);
@@ -521,7 +529,7 @@ async fn any_store_delegates() {
         })
     };
     for options in [StoreOptions::Memory, embedded(Engine::Sled), embedded(Engine::Fjall)] {
-        let store = AnyStore::open(&options).unwrap();
+        let store = AnyStore::open(&options).await.unwrap();
         let version = put(&store, id(1), None, value(CLAIMED, None, "x"), 10).await;
         assert_eq!(store.get(id(1)).await.unwrap().unwrap().version, version);
         assert_eq!(store.unexpiring().unwrap().len(), 1);

@@ -104,11 +104,11 @@ impl Store for Arc<Scripted> {
         0
     }
 
-    fn setting(&self, _name: &str) -> Option<Bytes> {
-        None
+    async fn setting(&self, _name: &str) -> Result<Option<Bytes>, StoreError> {
+        Err(failed())
     }
 
-    fn set_setting(&self, _name: &str, _value: &[u8]) -> Result<(), StoreError> {
+    async fn swap_setting(&self, _name: &str, _expected: Option<&[u8]>, _new: &[u8]) -> Result<bool, StoreError> {
         Err(failed())
     }
 

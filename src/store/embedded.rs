@@ -423,23 +423,26 @@ impl Store for Embedded {
         self.shared.newest_ms.load(Ordering::Acquire)
     }
 
-    fn setting(&self, name: &str) -> Option<Bytes> {
+    async fn setting(&self, name: &str) -> Result<Option<Bytes>, StoreError> {
         let settings = self.shared.settings.lock().unwrap_or_else(PoisonError::into_inner);
-        settings.values.get(name).map(|value| Bytes::copy_from_slice(value))
+        Ok(settings.values.get(name).map(|value| Bytes::copy_from_slice(value)))
     }
 
-    fn set_setting(&self, name: &str, value: &[u8]) -> Result<(), StoreError> {
+    async fn swap_setting(&self, name: &str, expected: Option<&[u8]>, new: &[u8]) -> Result<bool, StoreError> {
         if let Some(error) = self.shared.failed() {
             return Err(error);
         }
         let mut settings = self.shared.settings.lock().unwrap_or_else(PoisonError::into_inner);
+        if settings.values.get(name).map(Vec::as_slice) != expected {
+            return Ok(false);
+        }
         let mut changed = settings.clone();
-        changed.values.insert(name.to_owned(), value.to_vec());
+        changed.values.insert(name.to_owned(), new.to_vec());
         match changed.write(&self.shared.options.path) {
             Ok(()) => *settings = changed,
             Err(error) => return Err(self.shared.fail(format!("writing the settings: {error}"))),
         }
-        Ok(())
+        Ok(true)
     }
 
     fn status(&self) -> Status {

@@ -156,15 +156,18 @@ impl Store for Memory {
         self.state().newest_ms
     }
 
-    fn setting(&self, name: &str) -> Option<Bytes> {
-        self.state().settings.get(name).cloned()
+    async fn setting(&self, name: &str) -> Result<Option<Bytes>, StoreError> {
+        Ok(self.state().settings.get(name).cloned())
     }
 
-    fn set_setting(&self, name: &str, value: &[u8]) -> Result<(), StoreError> {
+    async fn swap_setting(&self, name: &str, expected: Option<&[u8]>, new: &[u8]) -> Result<bool, StoreError> {
         let mut state = self.state();
         state.open()?;
-        state.settings.insert(name.to_owned(), Bytes::copy_from_slice(value));
-        Ok(())
+        let as_expected = state.settings.get(name).map(AsRef::as_ref) == expected;
+        if as_expected {
+            state.settings.insert(name.to_owned(), Bytes::copy_from_slice(new));
+        }
+        Ok(as_expected)
     }
 
     fn status(&self) -> Status {

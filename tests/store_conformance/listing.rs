@@ -69,7 +69,7 @@ async fn fill(store: &impl Store, records: u64) -> Held {
 const FILTERS: [Option<Tag>; 5] = [None, Some(CLAIMED), Some(COMPLETED), Some(UNKNOWN), Some(Tag(3))];
 
 pub(super) async fn a_listing_shows_what_is_held_oldest_first(backend: impl Backend) {
-    let store = backend.open();
+    let store = backend.open().await;
     for tag in FILTERS {
         assert_eq!(store.list(tag, 0, 10).await.unwrap().entries, []);
         assert_eq!(list_all(&store, tag, 1).await, []);
@@ -97,7 +97,7 @@ pub(super) async fn a_listing_shows_what_is_held_oldest_first(backend: impl Back
 }
 
 pub(super) async fn a_listing_shows_expired_entries_until_they_are_swept(backend: impl Backend) {
-    let store = backend.open();
+    let store = backend.open().await;
     let mut held = Held::new();
     for n in 0..300 {
         set(&store, &mut held, n, value(CLAIMED, None, "claim"), 10).await;
@@ -121,7 +121,7 @@ pub(super) async fn a_listing_shows_expired_entries_until_they_are_swept(backend
 }
 
 pub(super) async fn what_stays_unchanged_is_listed_whatever_happens_meanwhile(backend: impl Backend) {
-    let store = Arc::new(backend.open());
+    let store = Arc::new(backend.open().await);
     let held = fill(&*store, 200).await;
     let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
     // Writers whose records expire at once, and a sweep that retires what they and the others have left behind.
@@ -168,7 +168,7 @@ pub(super) async fn what_stays_unchanged_is_listed_whatever_happens_meanwhile(ba
 
 /// A part of a listing, then so much traffic that the place of the cursor is gone (where there is such a place), then the rest.
 pub(super) async fn a_listing_goes_on_where_its_place_is_gone(backend: impl Backend) {
-    let store = backend.open();
+    let store = backend.open().await;
     let held = fill(&store, 100).await;
     // Of each kind, what has been listed before each place.
     let mut parts = Vec::new();
@@ -203,7 +203,7 @@ pub(super) async fn a_listing_goes_on_where_its_place_is_gone(backend: impl Back
 }
 
 pub(super) async fn any_cursor_will_do(backend: impl Backend) {
-    let store = backend.open();
+    let store = backend.open().await;
     let held = fill(&store, 60).await;
     let mut random = 0x1234_5678_9abc_def0_u64;
     let cursors = (0..300_u64).flat_map(|n| {
@@ -225,7 +225,7 @@ pub(super) async fn any_cursor_will_do(backend: impl Backend) {
 
 /// Where a restart keeps records, it keeps listings: cursors too.
 pub(super) async fn a_listing_goes_on_after_a_restart(backend: impl Backend) {
-    let store = backend.open();
+    let store = backend.open().await;
     let held = fill(&store, 200).await;
     let mut halves = Vec::new();
     for tag in FILTERS {
@@ -233,7 +233,7 @@ pub(super) async fn a_listing_goes_on_after_a_restart(backend: impl Backend) {
     }
     store.close();
     drop(store);
-    let store = backend.open();
+    let store = backend.open().await;
     for (tag, half) in halves {
         let mut listed = half.entries;
         if let Some(next) = half.next {
@@ -247,7 +247,7 @@ pub(super) async fn a_listing_goes_on_after_a_restart(backend: impl Backend) {
 
 /// A page must not take gigabytes of memory because records are large.
 pub(super) async fn a_page_of_large_records_is_short(backend: impl Backend) {
-    let store = backend.open();
+    let store = backend.open().await;
     let mut held = Held::new();
     for n in 0..24 {
         let tag = [CLAIMED, COMPLETED, UNKNOWN][n as usize % 3];
@@ -272,7 +272,7 @@ async fn first_pages_of_a_large_store_while_others_write() {
     let records: u64 = std::env::var("RECORDS").map_or(200_000, |n| n.parse().unwrap());
     for engine in [Engine::Sled, Engine::Fjall] {
         let backend = on_disk(engine, Durability::Relaxed, Tuning::default());
-        let store = Arc::new(backend.open());
+        let store = Arc::new(backend.open().await);
         let write = |store: Arc<Embedded>, n: u64| async move {
             let claim = put(&*store, id(n), None, value(CLAIMED, None, "claim"), 1000).await;
             let tag = if n.is_multiple_of(1000) { UNKNOWN } else { COMPLETED };

@@ -1447,7 +1447,7 @@ async fn fill_until_it_fails(path: &Path, tuning: Tuning) {
         let swap = store.compare_and_swap(id(50_000 + n), None, Some(small), 1000, Urgency::Settle).await;
         assert!(matches!(swap, Err(StoreError::Failed { .. })), "{swap:?}");
     }
-    assert!(matches!(store.set_setting("x", b"y"), Err(StoreError::Failed { .. })));
+    assert!(matches!(store.swap_setting("x", None, b"y").await, Err(StoreError::Failed { .. })));
     assert!(matches!(store.sweep(1000).await, Err(StoreError::Failed { .. })));
     assert!(store.get(id(0)).await.unwrap().is_some(), "what was acknowledged can still be read");
     store.close();

@@ -32,7 +32,8 @@ const SLACK_SEGMENTS: u64 = 3;
 
 const MORE: Duration = Duration::from_millis(1);
 const SURVEYING: Duration = Duration::from_millis(20);
-pub(super) const IDLE: Duration = Duration::from_secs(1);
+/// Less than one wake-up a second, all timers of an idle gateway together.
+pub(super) const IDLE: Duration = Duration::from_secs(3);
 
 /// A walk through one segment, over as many calls as it takes.
 #[derive(Debug)]

@@ -1,0 +1,110 @@
+//! What the stores that several gateways share have in common: how they are reached, their clock, and word of entries that
+//! have changed.
+//!
+//! Whoever shares a store trusts its clock alone. Gateways never compare theirs: each knows the store's time from the
+//! answers it gets ([`StoreTime`]).
+
+mod time;
+mod watch;
+
+pub use time::StoreTime;
+pub use watch::{Interest, Watch, Watches};
+
+use std::fmt;
+use std::time::Duration;
+
+/// `[store]`, as far as it tells of a shared store.
+#[derive(Clone)]
+pub struct Options {
+    /// With the credentials, if they are written there: never to be shown. [`Options::place`] is.
+    pub url: String,
+    /// From `store.password_file`; beats that of the URL.
+    pub password: Option<String>,
+    /// What all names in the store begin with: keys and channels in Redis, tables in PostgreSQL.
+    pub prefix: String,
+    /// For one operation, its second tries included, and for connecting.
+    pub timeout: Duration,
+    /// Refuse a store that may lose what it has acknowledged.
+    pub strict: bool,
+    /// Redis: how many replicas have to have each claim and each outcome, by `WAIT`, or by `WAITAOF` if it is strict.
+    pub wait_replicas: u32,
+    /// PostgreSQL: create and migrate the tables at the start.
+    pub migrate: bool,
+    pub tls: TlsFiles,
+}
+
+/// `[store.tls]`: the contents of the files, in PEM.
+#[derive(Clone, Default)]
+pub struct TlsFiles {
+    /// Authorities to trust; `None`: those of the system.
+    pub ca: Option<Vec<u8>>,
+    /// The gateway's own certificate and key.
+    pub client: Option<(Vec<u8>, Vec<u8>)>,
+}
+
+impl Options {
+    /// Where the store is, without credentials.
+    #[must_use]
+    pub fn place(&self) -> String {
+        let (scheme, rest) = self.url.split_once("://").unwrap_or(("", &self.url));
+        let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+        let (authority, path) = rest.split_at(end);
+        let hosts = authority.rsplit_once('@').map_or(authority, |(_, hosts)| hosts);
+        let path = path.split(['?', '#']).next().unwrap_or_default();
+        format!("{scheme}://{hosts}{path}")
+    }
+}
+
+impl fmt::Debug for Options {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Options").field("place", &self.place()).field("prefix", &self.prefix).finish_non_exhaustive()
+    }
+}
+
+/// Why a shared store cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// What is configured makes no sense to the driver, or the TLS files do not.
+    #[error("store.{key}: {reason}")]
+    Options { key: &'static str, reason: String },
+    #[error("the store at {place} cannot be reached: {reason}")]
+    Unreachable { place: String, reason: String },
+    /// It answers, but refuses: a password, a right, a table.
+    #[error("the store at {place} refuses: {reason}")]
+    Refused { place: String, reason: String },
+    /// `durability = "strict"` would be a lie.
+    #[error(
+        "the store at {place} may lose what it has acknowledged: {reason}. Mend it, or write store.durability = \
+         \"relaxed\" and accept that keys may be executed again after a failure of the store"
+    )]
+    NotStrict { place: String, reason: String },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Options;
+    use std::time::Duration;
+
+    #[test]
+    fn the_place_shows_no_credentials() {
+        for (url, place) in [
+            ("redis://127.0.0.1:6379/3", "redis://127.0.0.1:6379/3"),
+            ("rediss://user:s3cret@h:1/0?insecure=s3cret", "rediss://h:1/0"),
+            ("postgres://u:p@s3cret@h/db?password=s3cret", "postgres://h/db"),
+            ("redis+cluster://u:s3cret@a:1,b:2", "redis+cluster://a:1,b:2"),
+        ] {
+            let options = Options {
+                url: url.to_owned(),
+                password: Some("s3cret".to_owned()),
+                prefix: "oncegate".to_owned(),
+                timeout: Duration::from_secs(2),
+                strict: true,
+                wait_replicas: 0,
+                migrate: true,
+                tls: super::TlsFiles::default(),
+            };
+            assert_eq!(options.place(), place);
+            assert!(!format!("{options:?}").contains("s3cret"), "{options:?}");
+        }
+    }
+}
