@@ -7,6 +7,7 @@ mod questions;
 mod reader;
 mod routes;
 mod sections;
+mod shared;
 #[cfg(test)]
 mod tests;
 mod upstream;

@@ -1,5 +1,6 @@
 //! The request pipeline, in path order.
 
+mod arrival;
 mod body;
 pub mod client_cert;
 mod forward;
@@ -23,12 +24,11 @@ pub mod upstream;
 
 use crate::idempotency::fingerprint::Payload;
 use crate::idempotency::{Fingerprint, Millis, Origin};
-use crate::ledger::{Answer, Arrival, Arrived, Budget, ClaimResult, Held, Inquiry, Ledger, Settlement};
+use crate::ledger::{Arrival, Budget, ClaimResult, Inquiry, Ledger};
 use crate::store::{AnyStore, StoreError};
 use crate::telemetry::{Metrics, Outcome, RouteMetrics};
 use bytes::Bytes;
 use client_cert::ClientCert;
-use forward::TaskAnswer;
 use headers::via_names_us;
 use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use http::request::Parts;
@@ -38,7 +38,7 @@ use key::Key;
 use observe::{Model, Observed};
 pub use options::{MissingKey, Mode, OnStoreError, Options, ReplayAuth, RouteOptions};
 use path::{NormalPath, Params, Readings};
-use probe::{Caller, Probes};
+use probe::Probes;
 use problem::{Code, Problem};
 use reply::ReplyBody;
 use scope::Secret;
@@ -324,86 +324,6 @@ impl Gateway {
             }
         })
         .await
-    }
-
-    /// Replays, waits, refuses or claims, until there is an answer.
-    async fn settle_on(
-        self: &Arc<Self>,
-        arrival: Arrival,
-        mut body: Held,
-        intercepted: Box<Intercepted>,
-        caller: Option<&Caller>,
-    ) -> Result<Counted, Problem> {
-        let deadline = Instant::now() + intercepted.route.options.wait_timeout;
-        let mut waited = false;
-        loop {
-            let waiting = match self.ledger.arrive(&arrival, &mut body) {
-                Arrived::Answer(answer) => return self.show(answer, waited, caller).await,
-                Arrived::Lead(lead) => {
-                    let Ok(permit) = Arc::clone(&self.in_flight).try_acquire_owned() else {
-                        drop(lead);
-                        return match self.ledger.look_up(&arrival).await {
-                            Ok(Some(answer)) => self.show(answer, waited, caller).await,
-                            Ok(None) => Err(Problem::overloaded()),
-                            Err(error) => Err(unavailable(&error)),
-                        };
-                    };
-                    let forward = self.forward(*intercepted, body, permit);
-                    return match forward.start(lead).await {
-                        TaskAnswer::Respond(response, outcome) => Ok((response, outcome)),
-                        TaskAnswer::Problem(problem) => Err(problem),
-                        TaskAnswer::Record(answer) => self.show(answer, waited, caller).await,
-                    };
-                }
-                Arrived::Wait(waiting) => waiting,
-            };
-            waited = true;
-            self.metrics.waiters.inc();
-            let settled = waiting.settled(deadline).await;
-            self.metrics.waiters.dec();
-            match settled {
-                Err(still) => return Err(Problem::in_progress(still.late)),
-                Ok(Settlement::Recorded(record)) => {
-                    if let Some(answer) = self.ledger.answer_from(&arrival, &record) {
-                        return self.show(answer, waited, caller).await;
-                    }
-                }
-                Ok(Settlement::NotExecuted { response, credentials }) if credentials == arrival.credentials => {
-                    return response.respond(Outcome::waited);
-                }
-                Ok(Settlement::Undecided { answer, credentials }) if credentials == arrival.credentials => {
-                    return self.answer(&answer, waited);
-                }
-                Ok(Settlement::NotExecuted { .. } | Settlement::Undecided { .. } | Settlement::Again) => {}
-            }
-        }
-    }
-
-    /// Answers, once it is known that the caller may see what the record holds.
-    async fn show(&self, answer: Answer, waited: bool, caller: Option<&Caller>) -> Result<Counted, Problem> {
-        if let Some(caller) = caller
-            && matches!(answer, Answer::Replay(_) | Answer::BodyNotRecorded { .. })
-            && let Some(refusal) = self.probe(caller).await?
-        {
-            return refusal.respond(Outcome::rejected);
-        }
-        self.answer(&answer, waited)
-    }
-
-    fn answer(&self, answer: &Answer, waited: bool) -> Result<Counted, Problem> {
-        match answer {
-            Answer::Replay(record) => match reply::replay(record, self.ledger.now()) {
-                Some(response) => Ok((response, if waited { Outcome::waited } else { Outcome::replayed })),
-                // It was executed, that much is sure; a record like this cannot be written by this program.
-                None => Err(Problem::body_not_recorded(0, None)),
-            },
-            Answer::KeyReused => Err(Problem::key_reused()),
-            Answer::InProgress { late } => Err(Problem::in_progress(*late)),
-            Answer::OutcomeUnknown => Err(Problem::outcome_unknown()),
-            Answer::BodyNotRecorded { status, location } => {
-                Err(Problem::body_not_recorded(*status, location.as_deref()))
-            }
-        }
     }
 }
 

@@ -59,7 +59,9 @@ impl StartError {
     pub fn exit_code(&self) -> u8 {
         let configured = match self {
             Self::Identity(_) | Self::Exposed(_) => true,
-            Self::Open(OpenError::Shared(error)) => matches!(error, SharedError::NotStrict { .. } | SharedError::Options { .. }),
+            Self::Open(OpenError::Shared(error)) => {
+                matches!(error, SharedError::NotStrict { .. } | SharedError::Options { .. })
+            }
             _ => false,
         };
         if configured { 2 } else { 1 }
@@ -91,7 +93,10 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
     let secret = secret(&store).await?;
     note_identity(&store, &identity::of(&config.gateway.routes), accept_new_identity).await?;
     let metrics = Metrics::default();
-    let clock = Clock::system(Millis(store.newest_ms()));
+    let clock = match store.time() {
+        Some(time) => Clock::shared(move || time.now_ms()),
+        None => Clock::system(Millis(store.newest_ms())),
+    };
     let ledger: GatewayLedger = Ledger::new(store, clock, &config.ledger, metrics.clone());
     recover(&ledger, &config).await?;
 
@@ -122,11 +127,15 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
         worker.runtime.spawn(async move { pool.close_idle().await });
     }
     let read = reader(&ledger, gateways.iter().map(|gateway| Arc::clone(gateway.upstream())).collect());
-    let admin = Admin::new(metrics.registry(read.clone()), read, records);
+    let admin = Admin::new(metrics.registry(read.clone()), read, config.admin.ready_needs_store, records);
     let tls = config.server.tls;
     let server = Server::new(workers, gateways, config.server.limits, tls.clone(), metrics);
     let sweeper = ledger.clone();
     tokio::spawn(async move { sweeper.sweep().await });
+    if let Some(lease) = config.ledger.lease {
+        let keeper = ledger.clone();
+        tokio::spawn(async move { keeper.keep_leases(lease).await });
+    }
     if let Some(auth) = auth.clone() {
         tokio::spawn(async move { auth.keep_fresh().await });
     }
@@ -221,11 +230,19 @@ async fn listen(inherited: &mut Inherited, address: &Address) -> Result<Listener
 
 /// A store that is created where one was expected means that every key is new: a volume that is not mounted, say.
 fn warn_of_new_store(store: &AnyStore, options: &store::Options) {
-    if let store::Options::Embedded(embedded) = options
-        && store.status().created
-    {
-        let path = std::path::absolute(&embedded.path).unwrap_or_else(|_| embedded.path.clone());
-        tracing::warn!(path = %path.display(), "a new store was created: all keys are new to it");
+    if !store.status().created {
+        return;
+    }
+    match options {
+        store::Options::Memory => {}
+        store::Options::Embedded(embedded) => {
+            let path = std::path::absolute(&embedded.path).unwrap_or_else(|_| embedded.path.clone());
+            tracing::warn!(path = %path.display(), "a new store was created: all keys are new to it");
+        }
+        store::Options::Redis(shared) | store::Options::Postgres(shared) => {
+            let (place, prefix) = (shared.place(), &shared.prefix);
+            tracing::warn!(place, prefix, "a new store was created: all keys are new to it");
+        }
     }
 }
 
@@ -288,7 +305,10 @@ async fn note_identity(store: &AnyStore, today: &[RouteIdentity], accept_new: bo
         let all = match identity::compare(&noted, today) {
             Ok(all) => all,
             Err(changes) if accept_new => {
-                tracing::warn!(?changes, "new identity accepted: requests retried across this change are executed again");
+                tracing::warn!(
+                    ?changes,
+                    "new identity accepted: requests retried across this change are executed again"
+                );
                 today.to_vec()
             }
             Err(changes) => return Err(StartError::Identity(changes)),
@@ -347,6 +367,7 @@ fn reader(
             oldest_unknown: oldest.map(|since| Duration::from_millis(ledger.now().since(Millis(since)))),
             store_failed: status.health == Health::Failed,
             store_full: status.health == Health::Full,
+            store_unreachable: status.health == Health::Unreachable,
             store_created: status.created,
             store_queue: status.queue_len,
             store_batches: status.batches,

@@ -211,7 +211,22 @@ impl Default for Metrics {
     }
 }
 
+/// One that waits, until this is dropped.
+pub(crate) struct Waiter<'a>(&'a Gauge);
+
+impl Drop for Waiter<'_> {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
 impl Metrics {
+    /// Counts one that waits; a client that hangs up ends its wait, too.
+    pub(crate) fn waiter(&self) -> Waiter<'_> {
+        self.waiters.inc();
+        Waiter(&self.waiters)
+    }
+
     /// The counters of one route; `-` is what matches no route.
     #[must_use]
     pub fn route(&self, route: &str) -> RouteMetrics {
@@ -301,6 +316,7 @@ pub struct Reading {
     pub oldest_unknown: Option<Duration>,
     pub store_failed: bool,
     pub store_full: bool,
+    pub store_unreachable: bool,
     pub store_created: bool,
     pub store_queue: u64,
     pub store_batches: u64,
@@ -340,6 +356,7 @@ impl prometheus_client::collector::Collector for Scrape {
             ),
             ("store_failed", "1 once the store has failed for good: restart the gateway", u64::from(r.store_failed)),
             ("store_full", "1 while the disk is too full for new claims", u64::from(r.store_full)),
+            ("store_unreachable", "1 while a shared store cannot be reached", u64::from(r.store_unreachable)),
             ("store_created", "1 if this start created the store", u64::from(r.store_created)),
             ("store_queue", "Operations waiting for the committer", r.store_queue),
             ("store_disk_bytes", "Disk space of the store", r.store_disk_bytes),

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stderr)]
 
 use oncegate::config::{Config, Flags, parse};
+use std::time::Duration;
 
 fn lines(text: &str) -> Vec<String> {
     match parse("f.toml", text, [], &Flags::default()) {
@@ -217,12 +218,75 @@ const ERRORS: &[(&str, &str, &str)] = &[
     ),
     ("idempotency.probe.cache = \"x\"", "f.toml:1: idempotency.probe.cache: ", "duration"),
     ("idempotency.mode = \"watch\"", "f.toml:1: idempotency.mode: ", "\"observe\""),
-    ("store.engine = \"redis\"", "f.toml:1: store.engine: ", "not built yet"),
-    ("store.engine = \"postgres\"", "f.toml:1: store.engine: ", "not built yet"),
-    ("store.url = \"redis://a\"", "f.toml:1: store.url: ", "not built yet"),
-    ("store.lease = \"31s\"", "f.toml:1: store.lease: ", "not built yet"),
-    ("admin.ready_needs_store = true", "f.toml:1: admin.ready_needs_store: ", "not built yet"),
+    // Shared stores.
+    ("store.engine = \"redis\"", "f.toml:1: store.url: ", "is missing; write where the store is"),
+    ("store.engine = \"postgres\"", "f.toml:1: store.url: ", "postgres://"),
+    ("store.url = \"redis://a\"", "f.toml:1: store.url: ", "write engine = \"redis\""),
+    ("store.engine = \"redis\"\nstore.url = \"postgres://a\"", "f.toml:2: store.url: ", "one of redis, rediss, "),
+    ("store.engine = \"postgres\"\nstore.url = \"redis://u:secret@a\"", "f.toml:2: store.url: ", "postgresql"),
+    ("store.engine = \"redis\"\nstore.url = \"redis://\"", "f.toml:2: store.url: ", "is no URL of this engine"),
+    ("store.lease = \"99ms\"", "f.toml:1: store.lease: ", "at least 100ms"),
+    (
+        "store.engine = \"redis\"\nstore.url = \"redis://a\"\nstore.lease = \"4s\"\nstore.timeout = \"1001ms\"",
+        "f.toml:4: store.timeout: ",
+        "a quarter of store.lease",
+    ),
+    ("store.prefix = \"a b\"", "f.toml:1: store.prefix: ", "cannot begin names"),
+    ("store.prefix = \"\"", "f.toml:1: store.prefix: ", "cannot begin names"),
+    ("store.prefix = \"1a\"", "f.toml:1: store.prefix: ", "a letter first"),
+    (
+        "store.password_file = \"/none\"\nstore.engine = \"redis\"\nstore.url = \"redis://a\"",
+        "f.toml:1: store.password_file: ",
+        "cannot be read",
+    ),
+    ("store.wait_replicas = 1", "f.toml:1: store.wait_replicas: ", "is of Redis"),
+    (
+        "[store.tls]\nca = \"/none\"\n[store]\nengine = \"redis\"\nurl = \"rediss://a\"",
+        "f.toml:2: store.tls.ca: ",
+        "cannot be read",
+    ),
+    ("[store.tls]", "f.toml:1: store.tls: ", "is of shared stores"),
+    ("store.migrate = 1", "f.toml:1: store.migrate: ", "true or false"),
 ];
+
+#[test]
+fn a_shared_store_is_described_without_its_secrets() {
+    let text = "store.engine = \"redis\"\nstore.url = \"redis://user:hunter2@a:1/3\"";
+    let config = good(text);
+    assert!(config.contains("redis://a:1/3") && !config.contains("hunter2"), "{config}");
+    let variable = [("ONCEGATE_STORE__URL", "redis://user:hunter2@a:1/3")];
+    let from_environment = with_environment("store.engine = \"redis\"", &variable).unwrap();
+    assert_eq!(format!("{from_environment:?}"), config);
+    let wrong =
+        with_environment("store.engine = \"redis\"", &[("ONCEGATE_STORE__URL", "http://u:hunter2@a")]).unwrap_err();
+    assert!(!wrong.concat().contains("hunter2"), "{wrong:?}");
+}
+
+/// A claim in a shared store lives by a lease, on every route; a hot record is not used for long, since operators act elsewhere.
+#[test]
+fn leases_are_of_shared_stores_alone() {
+    let parsed = |text: &str| parse("f.toml", text, [], &Flags::default()).unwrap_or_else(|errors| panic!("{errors}"));
+    let lease_of =
+        |config: &Config| config.gateway.routes.iter().map(|route| route.policy.lease_ms).collect::<Vec<_>>();
+    let embedded = parsed("store.lease = \"7s\"");
+    assert_eq!((lease_of(&embedded), embedded.ledger.lease), (vec![None, None], None));
+    assert_eq!(embedded.ledger.cache_max_age, None);
+    let shared = parsed("store.engine = \"postgres\"\nstore.url = \"postgres://a\"\nstore.lease = \"7s\"");
+    assert_eq!(lease_of(&shared), [Some(7000), Some(7000)]);
+    assert_eq!(shared.ledger.lease, Some(Duration::from_secs(7)));
+    assert_eq!(shared.ledger.cache_max_age, Some(Duration::from_secs(60)));
+    let hot = "store.engine = \"redis\"\nstore.url = \"redis://a\"\ncache.max_age = \"5m\"";
+    assert_eq!(parsed(hot).ledger.cache_max_age, Some(Duration::from_secs(300)));
+    // The timeout follows a short lease.
+    let timeout = |lease: &str| {
+        let text = format!("store.engine = \"redis\"\nstore.url = \"redis://a\"\nstore.lease = \"{lease}\"");
+        match parsed(&text).store {
+            oncegate::store::Options::Redis(options) => options.timeout,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!((timeout("30s"), timeout("2s")), (Duration::from_secs(2), Duration::from_millis(500)));
+}
 
 #[test]
 fn every_error_names_its_line_its_key_and_the_remedy() {
@@ -396,6 +460,7 @@ fn the_shipped_file_names_every_key() {
         "auth",
         "cache",
         "store",
+        "store.tls",
         "admin",
     ] {
         let dot = if section.is_empty() { "" } else { "." };

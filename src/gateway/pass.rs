@@ -112,7 +112,7 @@ impl Gateway {
 
 /// What the client is told when sending failed.
 pub(super) fn send_problem(error: &SendError) -> Problem {
-    if !matches!(error, SendError::Upload(_) | SendError::TimedOut) {
+    if !matches!(error, SendError::Upload(_) | SendError::TimedOut | SendError::Withheld) {
         tracing::warn!(error = %error, source = std::error::Error::source(error).map(tracing::field::display), "upstream failed");
     }
     match error {
@@ -121,6 +121,7 @@ pub(super) fn send_problem(error: &SendError) -> Problem {
             "The upstream cannot be reached and has been sent nothing; retry later.",
             proxy_error,
         ),
+        SendError::Withheld => Problem::store_unavailable(),
         SendError::TimedOut => Problem::upstream_timeout(),
         SendError::Upload(None) => {
             Problem::new(Code::RequestTimeout, "The body made no progress; send it again, faster.")

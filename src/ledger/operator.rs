@@ -140,10 +140,10 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
         };
         // Before the write: whatever becomes of it, the store's word counts from now on.
         shared.hot.remove(id);
-        let value = new.as_ref().map(to_value);
+        let value = new.as_ref().map(|record| to_value(&policy, record));
         let swap = shared.store.compare_and_swap(id, Some(before.version), value, now.0, Urgency::Settle).await;
         let swap = swap.inspect_err(|error| {
-            if matches!(error, StoreError::Failed { .. }) {
+            if matches!(error, StoreError::Failed { .. } | StoreError::Unavailable { may_land_until_ms: Some(_), .. }) {
                 let (who, act) = (&*act.who, describe(&event));
                 tracing::error!(who, record = %id, act, %error, "whether an operator's act has landed is not known");
             }

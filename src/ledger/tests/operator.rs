@@ -326,7 +326,7 @@ async fn an_act_whose_write_fails_leaves_the_stores_word() {
         match fault {
             // It has landed: a copy in memory would contradict the store.
             Fault::LoseAnswer => drop(claim(&bench.ledger).await),
-            Fault::Refuse | Fault::Full => {
+            Fault::Refuse | Fault::Full | Fault::Lost { .. } => {
                 let answer = claim_answer(&bench.ledger, &arrival(1, 1)).await;
                 assert_eq!(replayed_body(&answer), "one");
             }
@@ -371,7 +371,7 @@ fn fill(bench: &Bench, count: u64, body_len: usize) {
             token: ClaimToken([1; 16]),
             state: State::Completed { response: Recorded::Full(response), completed_at, expires_at },
         };
-        state.entries.insert(RecordId(id), Entry { version: Version(n), value: to_value(&record) });
+        state.entries.insert(RecordId(id), Entry { version: Version(n), value: to_value(&policy(), &record) });
     }
 }
 
