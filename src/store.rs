@@ -5,6 +5,7 @@ mod files;
 mod index;
 pub mod log;
 pub mod memory;
+pub mod postgres;
 pub mod shared;
 
 pub use shared::{StoreTime, Watch};
@@ -272,6 +273,7 @@ pub enum OpenError {
 pub enum AnyStore {
     Memory(Box<memory::Memory>),
     Embedded(embedded::Embedded),
+    Postgres(Box<postgres::Postgres>),
 }
 
 impl AnyStore {
@@ -283,10 +285,11 @@ impl AnyStore {
         Ok(match options {
             Options::Memory => Self::Memory(Box::default()),
             Options::Embedded(options) => Self::Embedded(embedded::Embedded::open(options)?),
-            Options::Redis(options) | Options::Postgres(options) => {
+            Options::Redis(options) => {
                 let reason = "this engine is not built yet".to_owned();
                 return Err(shared::OpenError::Unreachable { place: options.place(), reason }.into());
             }
+            Options::Postgres(options) => Self::Postgres(Box::new(postgres::Postgres::open(options).await?)),
         })
     }
 }
@@ -296,6 +299,7 @@ macro_rules! delegate {
         match $self {
             Self::Memory($store) => $call,
             Self::Embedded($store) => $call,
+            Self::Postgres($store) => $call,
         }
     };
 }
