@@ -59,7 +59,9 @@ impl StartError {
     pub fn exit_code(&self) -> u8 {
         let configured = match self {
             Self::Identity(_) | Self::Exposed(_) => true,
-            Self::Open(OpenError::Shared(error)) => matches!(error, SharedError::NotStrict { .. } | SharedError::Options { .. }),
+            Self::Open(OpenError::Shared(error)) => {
+                matches!(error, SharedError::NotStrict { .. } | SharedError::Options { .. })
+            }
             _ => false,
         };
         if configured { 2 } else { 1 }
@@ -288,7 +290,10 @@ async fn note_identity(store: &AnyStore, today: &[RouteIdentity], accept_new: bo
         let all = match identity::compare(&noted, today) {
             Ok(all) => all,
             Err(changes) if accept_new => {
-                tracing::warn!(?changes, "new identity accepted: requests retried across this change are executed again");
+                tracing::warn!(
+                    ?changes,
+                    "new identity accepted: requests retried across this change are executed again"
+                );
                 today.to_vec()
             }
             Err(changes) => return Err(StartError::Identity(changes)),
