@@ -3,6 +3,7 @@
 //! reported at once.
 
 mod auth;
+mod cors;
 mod questions;
 mod reader;
 mod routes;

@@ -3,6 +3,7 @@
 mod arrival;
 mod body;
 pub mod client_cert;
+pub mod cors;
 mod forward;
 pub mod headers;
 pub mod identity;
@@ -39,7 +40,7 @@ use observe::{Model, Observed};
 pub use options::{MissingKey, Mode, OnStoreError, Options, ReplayAuth, RouteOptions};
 use path::{NormalPath, Params, Readings};
 use probe::Probes;
-use problem::{Code, Problem};
+use problem::{Asker, Code, Problem};
 use reply::ReplyBody;
 use scope::Secret;
 use std::net::IpAddr;
@@ -170,48 +171,49 @@ impl Gateway {
 
     /// Answers one request.
     pub async fn handle(self: &Arc<Self>, mut request: Request<Incoming>, peer: &Peer) -> Response<ReplyBody> {
-        let chained = via_names_us(request.headers());
+        let asker =
+            Asker { chained: via_names_us(request.headers()), reader: self.options.cors.reader(request.headers()) };
         if self.give_up.is_cancelled() {
             self.unrouted.count(Outcome::failed);
-            return Problem::draining().into_response(chained);
+            return Problem::draining().answer(&asker);
         }
         let host = &self.options.upstream.authority;
         if let Err(problem) = headers::check(&mut request, host) {
             self.unrouted.count(Outcome::rejected);
-            return problem.into_response(chained);
+            return problem.answer(&asker);
         }
         if request.method() != Method::POST {
-            return self.pass(request, peer, &self.unrouted, chained, None).await;
+            return self.pass(request, peer, &self.unrouted, &asker, None).await;
         }
         let path = NormalPath::new(request.uri().path().as_bytes());
         let Some((route, path, params)) = self.route(path) else {
             if let Some(problem) = self.ambiguous(&request) {
                 self.unrouted.count(Outcome::rejected);
-                return problem.into_response(chained);
+                return problem.answer(&asker);
             }
-            return self.pass(request, peer, &self.unrouted, chained, None).await;
+            return self.pass(request, peer, &self.unrouted, &asker, None).await;
         };
         let route = Arc::clone(route);
         let key = key::parse(request.headers(), &route.options.header);
         if route.options.mode == Mode::Observe {
             let keyless = matches!(key, Ok(None)) && route.options.missing_key == MissingKey::Pass;
             let observed = (!keyless).then(|| Observed::new(self, &route, &request, (path, params), peer, key));
-            return Box::pin(self.pass(request, peer, &route.metrics, chained, observed)).await;
+            return Box::pin(self.pass(request, peer, &route.metrics, &asker, observed)).await;
         }
         let key = match key {
             Ok(key) => key,
             Err(problem) => {
                 route.metrics.count(Outcome::rejected);
-                return problem.into_response(chained);
+                return problem.answer(&asker);
             }
         };
         if key.is_none() && route.options.missing_key == MissingKey::Pass {
-            return self.pass(request, peer, &route.metrics, chained, None).await;
+            return self.pass(request, peer, &route.metrics, &asker, None).await;
         }
         let (parts, body) = request.into_parts();
-        let intercepted = Box::new(Intercepted { parts, route, path, params, key, peer: peer.clone(), chained });
+        let intercepted = Box::new(Intercepted { parts, route, path, params, key, peer: peer.clone() });
         // What this takes is not part of every request that passes through.
-        Box::pin(self.intercept(intercepted, body)).await
+        Box::pin(self.intercept(intercepted, body, &asker)).await
     }
 
     /// The route that a normalised path belongs to: the first that matches, in the order of the configuration.
@@ -237,16 +239,27 @@ impl Gateway {
     }
 
     /// A POST on a route of ours that bears a key, or has to.
-    async fn intercept(self: &Arc<Self>, intercepted: Box<Intercepted>, body: Incoming) -> Response<ReplyBody> {
+    async fn intercept(
+        self: &Arc<Self>,
+        intercepted: Box<Intercepted>,
+        body: Incoming,
+        asker: &Asker,
+    ) -> Response<ReplyBody> {
         let started = Instant::now();
         let route = Arc::clone(&intercepted.route);
-        let chained = intercepted.chained;
         let mut record = None;
         let (response, outcome) = match self.decide(intercepted, body, started, &mut record).await {
-            Ok(counted) => counted,
+            // The upstream's answer to this very request is left as it is.
+            Ok((response, outcome @ (Outcome::forwarded | Outcome::passed))) => (response, outcome),
+            Ok((mut response, outcome)) => {
+                if let Some(reader) = &asker.reader {
+                    reader.admit_to_shared(response.headers_mut());
+                }
+                (response, outcome)
+            }
             Err(problem) => {
                 let outcome = problem.code.result();
-                (problem.into_response(chained), outcome)
+                (problem.answer(asker), outcome)
             }
         };
         route.metrics.count(outcome);
@@ -336,7 +349,6 @@ struct Intercepted {
     /// Taken once the record's id is known.
     key: Option<Key>,
     peer: Peer,
-    chained: bool,
 }
 
 fn derived(key: &str) -> Result<Key, Problem> {

@@ -4,8 +4,9 @@ use super::Config;
 use super::auth::Auth;
 use super::reader::{At, Errors, Node, Section, Value, boolean, count, duration, size, string};
 use super::routes::{self, Absent};
-use super::{shared, upstream};
+use super::{cors, shared, upstream};
 use crate::admin::TokenFile;
+use crate::gateway::cors::AllowOrigins;
 use crate::gateway::{self, RouteOptions, tunnel};
 use crate::pem::FileError;
 use crate::server::tls::{self, Tls};
@@ -60,12 +61,21 @@ pub(super) fn resolve(root: Node, errors: &mut Errors) -> Option<Config> {
     let routes = with_lease(routes, store.lease);
     let (admin, admin_at) = admin_section(admin_node, errors);
     contradictions((&server.listen, &client.listen_at), (&admin.listen, &admin_at), errors);
-    let Client { trusted_proxies, max_body, max_buffered, body_timeout, .. } = client;
+    let Client { trusted_proxies, cors, max_body, max_buffered, body_timeout, .. } = client;
     let limits = &server.limits;
     let tunnels = tunnel::Limits { write_timeout: limits.write_timeout, half_closed_timeout: limits.idle_timeout };
     let upstream = upstream?;
-    let gateway =
-        gateway::Options { routes, trusted_proxies, max_body, max_buffered, body_timeout, tunnels, upstream, auth };
+    let gateway = gateway::Options {
+        routes,
+        trusted_proxies,
+        cors,
+        max_body,
+        max_buffered,
+        body_timeout,
+        tunnels,
+        upstream,
+        auth,
+    };
     Some(Config { server, gateway, ledger, store: store.options, admin })
 }
 
@@ -109,6 +119,7 @@ fn overlap(one: &Address, other: &Address) -> bool {
 struct Client {
     listen_at: At,
     trusted_proxies: Vec<IpNet>,
+    cors: AllowOrigins,
     absent: Absent,
     max_body: usize,
     max_buffered: usize,
@@ -135,7 +146,8 @@ fn server_section(node: Option<Node>, errors: &mut Errors) -> (server::Options, 
     let has_certs = tls.as_ref().is_some_and(|tls| tls.asks_for_certificates())
         && listen.iter().any(|address| matches!(address, Address::Tcp(_)));
     let no_client_certs = !has_certs && section.errors.count() == before;
-    section.not_built("cors");
+    let cors_node = section.take("cors");
+    let cors = cors::resolve(cors_node, section.errors);
     let limits_node = section.take("limits");
     section.finish();
 
@@ -164,6 +176,7 @@ fn server_section(node: Option<Node>, errors: &mut Errors) -> (server::Options, 
     let client = Client {
         listen_at,
         trusted_proxies,
+        cors,
         absent: Absent { trusted_proxies: no_trusted_proxies, client_certs: no_client_certs, token_keys: true },
         max_body: to_usize(max_body),
         max_buffered: to_usize(max_buffered),
