@@ -27,7 +27,7 @@ use crate::idempotency::{
     ClaimToken, Concurrent, Decision, Event, Fingerprint, Millis, Origin, Policy, Record, RejectReason, State, Write,
     codec, droppable_at, step,
 };
-use crate::store::{Entry, RecordId, Status, Store, StoreError, Swap, Tag, Urgency, Value, Version};
+use crate::store::{Entry, RecordId, Status, Store, StoreError, Swap, Urgency, Value, Version};
 use crate::telemetry::Metrics;
 use hot_cache::HotCache;
 use slots::{SlotOwner, Slots};
@@ -47,10 +47,20 @@ pub struct Options {
 
 /// How records are tagged in the store.
 pub mod tags {
+    use crate::idempotency::{Record, State};
     use crate::store::Tag;
     pub const CLAIMED: Tag = Tag(0);
     pub const COMPLETED: Tag = Tag(1);
     pub const UNKNOWN: Tag = Tag(2);
+
+    #[must_use]
+    pub fn of(record: &Record) -> Tag {
+        match record.state {
+            State::Claimed { .. } => CLAIMED,
+            State::Completed { .. } => COMPLETED,
+            State::Unknown { .. } => UNKNOWN,
+        }
+    }
 }
 
 /// A keyed request, ready to be decided upon.
@@ -321,12 +331,11 @@ fn damaged(id: RecordId, detail: &str) -> Answer {
 }
 
 fn to_value(policy: &Policy, record: &Record) -> Value {
-    let tag: Tag = match record.state {
-        State::Claimed { .. } => tags::CLAIMED,
-        State::Completed { .. } => tags::COMPLETED,
-        State::Unknown { .. } => tags::UNKNOWN,
-    };
-    Value { tag, expires_at_ms: droppable_at(policy, record).map(|at| at.0), bytes: codec::encode(record) }
+    Value {
+        tag: tags::of(record),
+        expires_at_ms: droppable_at(policy, record).map(|at| at.0),
+        bytes: codec::encode(record),
+    }
 }
 
 fn decode(id: RecordId, entry: Entry) -> Option<(Version, Record)> {

@@ -402,14 +402,19 @@ pub enum LogFormat {
 
 /// Sends log lines to standard error; `RUST_LOG` selects them (default `info`). Does nothing if a subscriber is set.
 pub fn init_logging(format: LogFormat) {
-    use tracing_subscriber::{EnvFilter, fmt};
+    use tracing::level_filters::LevelFilter;
+    use tracing_subscriber::filter::Targets;
+    use tracing_subscriber::prelude::*;
+    use tracing_subscriber::{fmt, registry};
     // fjall tells each step of its opening.
-    let default = || EnvFilter::new("info,fjall=warn,lsm_tree=warn");
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| default());
-    let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let quiet = ["fjall", "lsm_tree"].map(|target| (target, LevelFilter::WARN));
+    let default = || Targets::new().with_default(LevelFilter::INFO).with_targets(quiet);
+    let wanted = std::env::var("RUST_LOG").ok().and_then(|wanted| wanted.parse::<Targets>().ok());
+    let log = registry().with(wanted.unwrap_or_else(default));
+    let lines = fmt::layer().with_writer(std::io::stderr).with_target(false);
     let _ = match format {
-        LogFormat::Text => builder.with_ansi(false).try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+        LogFormat::Text => log.with(lines.with_ansi(false)).try_init(),
+        LogFormat::Json => log.with(lines.json().flatten_event(true)).try_init(),
     };
 }
 

@@ -5,7 +5,7 @@ mod operator;
 use super::*;
 use crate::idempotency::{Concurrent, Evidence, Outcome, Recorded, Response, UnknownOutcome, Why};
 use crate::store::shared::Watches;
-use crate::store::{Health, Page, Watch};
+use crate::store::{Health, Page, Tag, Watch};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Mutex;

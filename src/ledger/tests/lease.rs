@@ -285,6 +285,11 @@ async fn an_operator_acts_on_a_lapsed_claim_and_not_on_a_living_one() {
         let refused = at.act(act(Event::Resolve(Resolution::NotExecuted))).await;
         assert_eq!(refused.unwrap_err(), Refusal::InFlight);
         fleet.clock.advance(LEASE_MS);
+        // It is shown as what it counts as.
+        let shown = fleet.b.show(ID, |_| leased()).await.unwrap().unwrap();
+        assert!(matches!(shown.record.state, State::Unknown { why: Why::Lease, .. }), "{:?}", shown.record);
+        let listed = fleet.b.list(None, 0, 10, |_| leased(), |record| tags::of(record) == tags::UNKNOWN).await.unwrap();
+        assert_eq!(listed.records.len(), 1);
         // Its own gateway still knows better.
         let acted = fleet.b.act(act(Event::Resolve(Resolution::NotExecuted))).await.unwrap();
         assert!(acted.after.is_none());
