@@ -5,6 +5,7 @@ mod files;
 mod index;
 pub mod log;
 pub mod memory;
+pub mod postgres;
 pub mod shared;
 
 pub use shared::{StoreTime, Watch};
