@@ -11,25 +11,25 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub const LEASE: Duration = Duration::from_secs(2);
-pub const TIMEOUT: Duration = Duration::from_millis(400);
+pub(crate) const LEASE: Duration = Duration::from_secs(2);
+pub(crate) const TIMEOUT: Duration = Duration::from_millis(400);
 
-pub struct Fleet {
-    pub gateways: Vec<Gateway>,
-    pub proxies: Vec<Proxy>,
-    pub upstream: Upstream,
-    pub server: Arc<Server>,
-    pub prefix: String,
+pub(crate) struct Fleet {
+    pub(crate) gateways: Vec<Gateway>,
+    pub(crate) proxies: Vec<Proxy>,
+    pub(crate) upstream: Upstream,
+    pub(crate) server: Arc<Server>,
+    pub(crate) prefix: String,
 }
 
 /// A word for the names in a store that nobody else uses.
-pub fn fresh_prefix() -> String {
+pub(crate) fn fresh_prefix() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     format!("fleet{}", NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
 /// Settings of a gateway that reaches the store at `url`.
-pub fn settings(engine: Engine, url: &str, prefix: &str, further: &str) -> String {
+pub(crate) fn settings(engine: Engine, url: &str, prefix: &str, further: &str) -> String {
     let engine = match engine {
         Engine::Redis => "redis",
         Engine::Postgres => "postgres",
@@ -44,12 +44,12 @@ pub fn settings(engine: Engine, url: &str, prefix: &str, further: &str) -> Strin
 
 impl Fleet {
     /// Over a store that other tests use, too: it must not be disturbed.
-    pub fn start(engine: Engine, count: usize, upstream: Upstream, further: &str) -> Option<Self> {
+    pub(crate) fn start(engine: Engine, count: usize, upstream: Upstream, further: &str) -> Option<Self> {
         Some(Self::over(Server::shared(engine)?, count, upstream, further))
     }
 
     /// Over a store of its own.
-    pub fn alone(engine: Engine, count: usize, upstream: Upstream, further: &str) -> Option<Self> {
+    pub(crate) fn alone(engine: Engine, count: usize, upstream: Upstream, further: &str) -> Option<Self> {
         Some(Self::over(Server::start(engine)?, count, upstream, further))
     }
 
@@ -59,7 +59,7 @@ impl Fleet {
     }
 
     /// With settings and environment for each gateway.
-    pub fn of(server: Arc<Server>, upstream: Upstream, each: &[(String, Vec<(&str, &str)>)]) -> Self {
+    pub(crate) fn of(server: Arc<Server>, upstream: Upstream, each: &[(String, Vec<(&str, &str)>)]) -> Self {
         let mut fleet = Self { gateways: Vec::new(), proxies: Vec::new(), upstream, server, prefix: fresh_prefix() };
         for (further, environment) in each {
             fleet.join(further, environment).unwrap_or_else(|refusal| panic!("a gateway did not start: {refusal:?}"));
@@ -68,7 +68,7 @@ impl Fleet {
     }
 
     /// Starts one more gateway.
-    pub fn join(&mut self, further: &str, environment: &[(&str, &str)]) -> Result<(), Refusal> {
+    pub(crate) fn join(&mut self, further: &str, environment: &[(&str, &str)]) -> Result<(), Refusal> {
         let proxy = Proxy::before(self.server.addr());
         let settings = settings(self.server.engine(), &self.server.url(proxy.addr), &self.prefix, further);
         let dir = Arc::new(tempfile::tempdir().unwrap());
@@ -78,19 +78,19 @@ impl Fleet {
     }
 
     /// Sends a keyed request through one of the gateways and leaves the answer to be read.
-    pub fn begin(&self, gateway: usize, key: &str) -> Client {
+    pub(crate) fn begin(&self, gateway: usize, key: &str) -> Client {
         let mut client = Client::connect(self.gateways[gateway].addr);
         client.send(crate::support::post("/posts", key, "{}"));
         client
     }
 
-    pub fn post(&self, gateway: usize, key: &str) -> Response {
+    pub(crate) fn post(&self, gateway: usize, key: &str) -> Response {
         self.gateways[gateway].post(key, "{}")
     }
 
     /// What a client gets that retries as long as it is told to.
     #[track_caller]
-    pub fn settled(&self, gateway: usize, key: &str) -> Response {
+    pub(crate) fn settled(&self, gateway: usize, key: &str) -> Response {
         eventually("an answer that tells no one to come again", || {
             let answer = self.post(gateway, key);
             let again = answer.header("retry-after").is_some() || answer.status >= 500;
@@ -99,40 +99,40 @@ impl Fleet {
     }
 
     #[track_caller]
-    pub fn executed_once(&self, key: &str) {
+    pub(crate) fn executed_once(&self, key: &str) {
         assert_eq!(self.upstream.executions(key), 1, "{key}");
     }
 
     /// The records of a key, as a gateway's admin address shows them.
-    pub fn records(&self, gateway: usize, key: &str) -> Vec<Value> {
+    pub(crate) fn records(&self, gateway: usize, key: &str) -> Vec<Value> {
         let found = self.gateways[gateway].admin(&format!("/records?key={key}"));
         assert_eq!(found.status, 200, "{found:?}");
         found.json()["records"].as_array().unwrap().clone()
     }
 
-    pub fn resolve_not_executed(&self, gateway: usize, id: &str) -> Response {
+    pub(crate) fn resolve_not_executed(&self, gateway: usize, id: &str) -> Response {
         let headers = [("Content-Type", "application/json"), ("Connection", "close")];
         let target = format!("/records/{id}/resolve");
         call(self.gateways[gateway].admin, request("POST", &target, &headers, r#"{"not_executed":true}"#))
     }
 
-    pub fn stop(&self, gateway: usize) {
+    pub(crate) fn stop(&self, gateway: usize) {
         signal(&self.gateways[gateway], Signal::STOP);
     }
 
-    pub fn cont(&self, gateway: usize) {
+    pub(crate) fn cont(&self, gateway: usize) {
         signal(&self.gateways[gateway], Signal::CONT);
     }
 
     /// `kill -9` and a new start.
-    pub fn restart(&mut self, gateway: usize) {
+    pub(crate) fn restart(&mut self, gateway: usize) {
         let old = self.gateways.remove(gateway);
         self.gateways.insert(gateway, old.restart());
     }
 
     /// Waits until a gateway has found out that the store is there, or that it is not.
     #[track_caller]
-    pub fn wait_for_store(&self, gateway: usize, reachable: bool) {
+    pub(crate) fn wait_for_store(&self, gateway: usize, reachable: bool) {
         let wanted = if reachable { 0.0 } else { 1.0 };
         eventually("the gateway knows whether the store is there", || {
             (self.gateways[gateway].metric("oncegate_store_unreachable") == wanted).then_some(())
@@ -140,14 +140,14 @@ impl Fleet {
     }
 }
 
-pub fn signal(gateway: &Gateway, signal: Signal) {
+pub(crate) fn signal(gateway: &Gateway, signal: Signal) {
     let pid = Pid::from_raw(i32::try_from(gateway.pid()).unwrap()).unwrap();
     kill_process(pid, signal).unwrap();
 }
 
 /// How long it takes until something holds.
 #[track_caller]
-pub fn takes(what: &str, mut holds: impl FnMut() -> bool) -> Duration {
+pub(crate) fn takes(what: &str, mut holds: impl FnMut() -> bool) -> Duration {
     let began = Instant::now();
     while !holds() {
         assert!(began.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
@@ -157,14 +157,14 @@ pub fn takes(what: &str, mut holds: impl FnMut() -> bool) -> Duration {
 }
 
 /// The code of one of a gateway's own answers.
-pub fn problem(answer: &Response) -> Option<String> {
+pub(crate) fn problem(answer: &Response) -> Option<String> {
     let ours = answer.header("content-type") == Some("application/problem+json");
     ours.then(|| answer.json()["code"].as_str().unwrap().to_owned())
 }
 
 /// Whether two answers are the same up to the marks of a replay and what is not recorded.
 #[track_caller]
-pub fn assert_same(what: &str, first: &Response, second: &Response) {
+pub(crate) fn assert_same(what: &str, first: &Response, second: &Response) {
     let plain = |answer: &Response| {
         let not_recorded = ["idempotency-replayed", "age", "cache-status", "set-cookie", "connection"];
         let lines = answer.headers.iter().map(|(name, value)| (name.to_ascii_lowercase(), value.clone()));

@@ -10,8 +10,8 @@ use std::time::Duration;
 /// Once an answer is lost, how much longer the rest of it is waited for before the connection is cut.
 const REST: Duration = Duration::from_millis(5);
 
-pub struct Proxy {
-    pub addr: SocketAddr,
+pub(crate) struct Proxy {
+    pub(crate) addr: SocketAddr,
     shared: Arc<Shared>,
 }
 
@@ -40,7 +40,7 @@ struct State {
 }
 
 impl Proxy {
-    pub fn before(to: SocketAddr) -> Self {
+    pub(crate) fn before(to: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let addr = listener.local_addr().unwrap();
         let shared = Arc::new(Shared { to, state: Mutex::default(), changed: Condvar::new() });
@@ -59,47 +59,47 @@ impl Proxy {
     }
 
     /// Ends all connections; how many there were.
-    pub fn cut(&self) -> usize {
+    pub(crate) fn cut(&self) -> usize {
         let links = std::mem::take(&mut self.shared.state.lock().unwrap().links);
         links.values().flatten().for_each(end);
         links.len()
     }
 
     /// The next request that contains `marker` gets through, but its answer does not, and the connection ends.
-    pub fn lose_answer_to(&self, marker: &str) {
+    pub(crate) fn lose_answer_to(&self, marker: &str) {
         self.set(|state| state.losses.push(marker.as_bytes().to_vec()));
     }
 
     /// How many answers were lost.
-    pub fn lost(&self) -> usize {
+    pub(crate) fn lost(&self) -> usize {
         self.shared.state.lock().unwrap().lost
     }
 
     /// Holds the next request that contains `marker`, and what comes behind it on its connection, until [`Proxy::release`].
     /// It gets through then even if its sender has hung up.
-    pub fn hold(&self, marker: &str) {
+    pub(crate) fn hold(&self, marker: &str) {
         self.set(|state| state.hold = Some(marker.as_bytes().to_vec()));
     }
 
     /// How many requests are held.
-    pub fn held(&self) -> usize {
+    pub(crate) fn held(&self) -> usize {
         self.shared.state.lock().unwrap().held
     }
 
-    pub fn release(&self) {
+    pub(crate) fn release(&self) {
         self.set(|state| (state.hold, state.held) = (None, 0));
     }
 
-    pub fn stall(&self, stalled: bool) {
+    pub(crate) fn stall(&self, stalled: bool) {
         self.set(|state| state.stalled = stalled);
     }
 
-    pub fn delay(&self, delay: Duration) {
+    pub(crate) fn delay(&self, delay: Duration) {
         self.set(|state| state.delay = delay);
     }
 
     /// Ends all connections and takes no more.
-    pub fn refuse(&self, refusing: bool) {
+    pub(crate) fn refuse(&self, refusing: bool) {
         self.set(|state| state.refusing = refusing);
         if refusing {
             self.cut();
@@ -107,12 +107,12 @@ impl Proxy {
     }
 
     /// How many connections go through it at present.
-    pub fn connections(&self) -> usize {
+    pub(crate) fn connections(&self) -> usize {
         self.shared.state.lock().unwrap().links.len()
     }
 
     /// No faults from now on.
-    pub fn mend(&self) {
+    pub(crate) fn mend(&self) {
         self.set(|state| {
             (state.delay, state.stalled, state.refusing) = (Duration::ZERO, false, false);
             state.losses.clear();

@@ -1,34 +1,34 @@
 //! A real store, of either kind.
 
-use crate::postgres_server as postgres;
-use crate::redis_server as redis;
-use nix::sys::signal::Signal;
+use crate::postgres_server;
+use crate::redis_server;
+use rustix::process::Signal;
 use std::net::SocketAddr;
 use std::process::Command;
 use std::sync::{Arc, Mutex, Weak};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Engine {
+pub(crate) enum Engine {
     Redis,
     Postgres,
 }
 
-pub enum Server {
-    Redis(Mutex<redis::Server>),
-    Postgres(postgres::Server),
+pub(crate) enum Server {
+    Redis(Mutex<redis_server::Server>),
+    Postgres(postgres_server::Server),
 }
 
 impl Server {
     /// One that loses nothing of what it has acknowledged. `None`: there is none to start here.
-    pub fn start(engine: Engine) -> Option<Arc<Self>> {
+    pub(crate) fn start(engine: Engine) -> Option<Arc<Self>> {
         Some(Arc::new(match engine {
-            Engine::Redis => redis::installed().then(|| Self::Redis(Mutex::new(redis::Server::strict())))?,
-            Engine::Postgres => Self::Postgres(postgres::Server::start(&[])?),
+            Engine::Redis => redis_server::installed().then(|| Self::Redis(Mutex::new(redis_server::Server::strict())))?,
+            Engine::Postgres => Self::Postgres(postgres_server::Server::start(&[])?),
         }))
     }
 
     /// One that other tests may use at the same time: it must not be disturbed.
-    pub fn shared(engine: Engine) -> Option<Arc<Self>> {
+    pub(crate) fn shared(engine: Engine) -> Option<Arc<Self>> {
         static SHARED: [Mutex<Weak<Server>>; 2] = [const { Mutex::new(Weak::new()) }; 2];
         let mut shared = SHARED[engine as usize].lock().unwrap();
         if let Some(server) = shared.upgrade() {
@@ -39,14 +39,14 @@ impl Server {
         Some(server)
     }
 
-    pub fn engine(&self) -> Engine {
+    pub(crate) fn engine(&self) -> Engine {
         match self {
             Self::Redis(_) => Engine::Redis,
             Self::Postgres(_) => Engine::Postgres,
         }
     }
 
-    pub fn addr(&self) -> SocketAddr {
+    pub(crate) fn addr(&self) -> SocketAddr {
         let port = match self {
             Self::Redis(server) => server.lock().unwrap().port,
             Self::Postgres(server) => server.port,
@@ -55,7 +55,7 @@ impl Server {
     }
 
     /// Its URL for who reaches it through `via`.
-    pub fn url(&self, via: SocketAddr) -> String {
+    pub(crate) fn url(&self, via: SocketAddr) -> String {
         match self {
             Self::Redis(_) => format!("redis://{via}"),
             Self::Postgres(_) => format!("postgres://postgres@{via}/postgres?sslmode=disable"),
@@ -63,14 +63,14 @@ impl Server {
     }
 
     /// As a crash of its machine, but for what the kernel has of it.
-    pub fn kill(&self) {
+    pub(crate) fn kill(&self) {
         match self {
             Self::Redis(server) => server.lock().unwrap().kill(),
             Self::Postgres(server) => server.kill_9(),
         }
     }
 
-    pub fn restart(&self) {
+    pub(crate) fn restart(&self) {
         match self {
             Self::Redis(server) => server.lock().unwrap().restart(),
             Self::Postgres(server) => server.run(),
@@ -78,22 +78,22 @@ impl Server {
     }
 
     /// It keeps its connections, and says nothing.
-    pub fn pause(&self) {
+    pub(crate) fn pause(&self) {
         match self {
             Self::Redis(server) => server.lock().unwrap().pause(),
-            Self::Postgres(server) => server.signal_all(Signal::SIGSTOP),
+            Self::Postgres(server) => server.signal_all(Signal::STOP),
         }
     }
 
-    pub fn resume(&self) {
+    pub(crate) fn resume(&self) {
         match self {
             Self::Redis(server) => server.lock().unwrap().resume(),
-            Self::Postgres(server) => server.signal_all(Signal::SIGCONT),
+            Self::Postgres(server) => server.signal_all(Signal::CONT),
         }
     }
 
     /// How many connections it has, as it says itself.
-    pub fn connections(&self) -> usize {
+    pub(crate) fn connections(&self) -> usize {
         match self {
             Self::Redis(server) => {
                 let list = server.lock().unwrap().client().ask(&["CLIENT", "LIST"]).text();
@@ -108,7 +108,7 @@ impl Server {
     }
 
     /// What PostgreSQL answers.
-    pub fn sql(&self, statement: &str) -> String {
+    pub(crate) fn sql(&self, statement: &str) -> String {
         let url = self.url(self.addr());
         let output = Command::new("psql").args([url.as_str(), "-XAtc", statement]).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -1,8 +1,8 @@
 //! Gateways that start over a shared store: which stores they refuse, and what they agree on.
 
 use crate::fleet::{Fleet, fresh_prefix, settings};
-use crate::postgres_server as postgres;
-use crate::redis_server as redis;
+use crate::postgres_server;
+use crate::redis_server;
 use crate::server::{Engine, Server};
 use crate::support::gateway::Refusal;
 use crate::support::{Gateway, Upstream};
@@ -29,17 +29,17 @@ fn a_wrong_password_is_refused_without_showing_it(engine: Engine) {
     let upstream = Upstream::counting();
     let (server, right, wrong) = match engine {
         Engine::Redis => {
-            if !redis::installed() {
+            if !redis_server::installed() {
                 return;
             }
             let strict = ["--appendonly", "yes", "--appendfsync", "always"];
-            let server = redis::Server::start(&[&strict[..], &["--requirepass", "right"]].concat());
+            let server = redis_server::Server::start(&[&strict[..], &["--requirepass", "right"]].concat());
             let at = format!("127.0.0.1:{}", server.port);
             let urls = (format!("redis://:right@{at}"), format!("redis://:{SECRET}@{at}"));
             (Server::Redis(Mutex::new(server)), urls.0, urls.1)
         }
         Engine::Postgres => {
-            let Some(server) = postgres::Server::start(&[]) else { return };
+            let Some(server) = postgres_server::Server::start(&[]) else { return };
             let server = Server::Postgres(server);
             server.sql("CREATE ROLE with_password LOGIN PASSWORD 'right'");
             server.sql("GRANT ALL ON SCHEMA public TO with_password");
@@ -81,13 +81,13 @@ fn a_store_that_may_lose_what_it_acknowledged_is_refused_unless_the_operator_acc
     let upstream = Upstream::counting();
     let servers = match engine {
         Engine::Redis => {
-            if !redis::installed() {
+            if !redis_server::installed() {
                 return;
             }
             let always = ["--appendonly", "yes", "--appendfsync", "always"];
             let evicting = [&always[..], &["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"]].concat();
             let everysec = ["--appendonly", "yes", "--appendfsync", "everysec"];
-            let start = |arguments: &[&str]| Server::Redis(Mutex::new(redis::Server::start(arguments)));
+            let start = |arguments: &[&str]| Server::Redis(Mutex::new(redis_server::Server::start(arguments)));
             vec![
                 (start(&[]), "appendonly", true),
                 (start(&everysec), "appendfsync", true),
@@ -96,7 +96,7 @@ fn a_store_that_may_lose_what_it_acknowledged_is_refused_unless_the_operator_acc
             ]
         }
         Engine::Postgres => {
-            let start = |setting: &str| postgres::Server::start(&[setting]).map(Server::Postgres);
+            let start = |setting: &str| postgres_server::Server::start(&[setting]).map(Server::Postgres);
             let (Some(asynchronous), Some(unsynced)) = (start("synchronous_commit=off"), start("fsync=off")) else {
                 return;
             };
