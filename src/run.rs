@@ -246,6 +246,18 @@ fn warn_of_new_store(store: &AnyStore, options: &store::Options) {
     }
 }
 
+/// Creates the tables that a shared store needs, or brings them up to date. Says what there was to do.
+///
+/// # Errors
+/// The store's.
+pub async fn migrate(config: &Config) -> Result<String, StartError> {
+    let store::Options::Postgres(options) = &config.store else {
+        return Ok("this engine has no tables: there is nothing to do".to_owned());
+    };
+    store::postgres::migrate(options).await.map_err(|error| StartError::Open(error.into()))?;
+    Ok(format!("the tables at {} are up to date", options.place()))
+}
+
 /// Ready once the process is told to stop, by SIGTERM or SIGINT. The signals are caught from now on.
 ///
 /// # Errors

@@ -6,6 +6,7 @@ mod index;
 pub mod log;
 pub mod memory;
 pub mod postgres;
+pub mod redis;
 pub mod shared;
 
 pub use shared::{StoreTime, Watch};
@@ -273,6 +274,8 @@ pub enum OpenError {
 pub enum AnyStore {
     Memory(Box<memory::Memory>),
     Embedded(embedded::Embedded),
+    Redis(Box<redis::Redis>),
+    Postgres(Box<postgres::Postgres>),
 }
 
 impl AnyStore {
@@ -284,10 +287,8 @@ impl AnyStore {
         Ok(match options {
             Options::Memory => Self::Memory(Box::default()),
             Options::Embedded(options) => Self::Embedded(embedded::Embedded::open(options)?),
-            Options::Redis(options) | Options::Postgres(options) => {
-                let reason = "this engine is not built yet".to_owned();
-                return Err(shared::OpenError::Unreachable { place: options.place(), reason }.into());
-            }
+            Options::Redis(options) => Self::Redis(Box::new(redis::Redis::open(options).await?)),
+            Options::Postgres(options) => Self::Postgres(Box::new(postgres::Postgres::open(options).await?)),
         })
     }
 }
@@ -297,6 +298,8 @@ macro_rules! delegate {
         match $self {
             Self::Memory($store) => $call,
             Self::Embedded($store) => $call,
+            Self::Redis($store) => $call,
+            Self::Postgres($store) => $call,
         }
     };
 }

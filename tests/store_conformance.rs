@@ -5,6 +5,13 @@
 mod listing;
 #[path = "store_conformance/postgres.rs"]
 mod postgres;
+#[path = "store_conformance/redis.rs"]
+mod redis;
+#[path = "servers/redis.rs"]
+#[allow(dead_code, unreachable_pub)]
+mod redis_server;
+#[path = "store_conformance/shared.rs"]
+mod shared;
 
 use bytes::Bytes;
 use listing::{
@@ -29,6 +36,8 @@ trait Backend {
     type Store: Store;
     async fn open(&self) -> Self::Store;
     const DURABLE: bool;
+    /// Whether it counts its entries by kind, at once.
+    const COUNTS: bool = true;
 }
 
 struct InMemory;
@@ -167,6 +176,10 @@ fn is_durable<B: Backend>(_: &B) -> bool {
     B::DURABLE
 }
 
+fn counts<B: Backend>(_: &B) -> bool {
+    B::COUNTS
+}
+
 async fn expired_entries_stay_until_swept(backend: impl Backend) {
     let store = backend.open().await;
     let v1 = put(&store, id(1), None, value(COMPLETED, Some(1000), "soon"), 10).await;
@@ -242,16 +255,18 @@ async fn a_chain_of_swaps_loses_none(backend: impl Backend) {
     let store = Arc::new(backend.open().await);
     put(&*store, id(7), None, value(CLAIMED, None, "0"), 10).await;
     let tasks: Vec<_> = (0..16)
-        .map(|_| {
+        .map(|writer| {
             let store = store.clone();
             tokio::spawn(async move {
                 for _ in 0..25 {
                     let mut held = store.get(id(7)).await.unwrap().unwrap();
                     loop {
-                        let count: u64 = std::str::from_utf8(&held.value.bytes).unwrap().parse().unwrap();
+                        let text = std::str::from_utf8(&held.value.bytes).unwrap();
+                        let count: u64 = text.split(' ').next().unwrap().parse().unwrap();
                         // Through the index and memory in turn.
                         let expires = count.is_multiple_of(2).then_some(1 << 40);
-                        let next = value(CLAIMED, expires, &(count + 1).to_string());
+                        // Not the same as another's: shared stores take an equal entry for the very write.
+                        let next = value(CLAIMED, expires, &format!("{} {writer}", count + 1));
                         let swap = store.compare_and_swap(id(7), Some(held.version), Some(next), 10, Urgency::Settle);
                         match swap.await.unwrap() {
                             Swap::Done(_) => break,
@@ -265,8 +280,10 @@ async fn a_chain_of_swaps_loses_none(backend: impl Backend) {
     for task in tasks {
         task.await.unwrap();
     }
-    assert_eq!(&store.get(id(7)).await.unwrap().unwrap().value.bytes[..], b"400");
-    assert_eq!(store.status().entries, [1, 0, 0, 0]);
+    assert!(store.get(id(7)).await.unwrap().unwrap().value.bytes.starts_with(b"400 "));
+    if counts(&backend) {
+        assert_eq!(store.status().entries, [1, 0, 0, 0]);
+    }
     store.close();
 }
 

@@ -1,0 +1,383 @@
+//! A store in Redis (6.2 or later; Valkey), shared by several gateways.
+//!
+//! One command is one round trip: `GET`, or a script that compares and writes. What all requests ask at a time goes out in
+//! one write (`link`). Entries expire by Redis itself, at the very time they name.
+
+mod dial;
+mod layout;
+mod link;
+mod listing;
+mod resp;
+mod tls;
+mod upkeep;
+mod url;
+
+use super::shared::{Interest, OpenError, Options, Watches};
+use super::{
+    Entry, Health, OLDEST_TRACKED, Page, RecordId, Status, Store, StoreError, StoreTime, Swap, Tag, Urgency, Value,
+    Version, Watch,
+};
+use bytes::Bytes;
+use dial::{Common, Connected, Dialer, Place};
+use layout::{FORMAT, LATE, Layout, Request};
+use link::{Answer, Driver, Link, Lost, Op, Parts, Stats};
+use resp::{Output, Reply};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+use upkeep::Survey;
+
+/// The store. Its tasks run on the runtime that has opened it.
+pub struct Redis {
+    core: Arc<Core>,
+    watches: Arc<Watches>,
+    created: bool,
+    tasks: Mutex<Vec<AbortHandle>>,
+}
+
+/// What operations need.
+struct Core {
+    common: Arc<Common>,
+    link: Link,
+    time: StoreTime,
+    stats: Arc<Stats>,
+    survey: Mutex<Survey>,
+    closed: AtomicBool,
+}
+
+impl Redis {
+    /// Connects, looks whether the server may be trusted as `options` ask, and starts the store's tasks.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub async fn open(options: &Options) -> Result<Self, OpenError> {
+        if options.prefix.is_empty() || options.prefix.contains(|c: char| c == '{' || c == '}' || c.is_control()) {
+            let reason = "is empty, or has a brace or a control character in it".to_owned();
+            return Err(OpenError::Options { key: "prefix", reason });
+        }
+        let dialer = Dialer::new(options)?;
+        let layout = Layout::new(&options.prefix);
+        let common = Arc::new(Common { dialer, layout, timeout: options.timeout });
+        let connected = common.dialer.connect(&Place::Master).await;
+        let connected = connected.map_err(|error| error.at(&common.dialer.place))?;
+        // Dropped, it ends its tasks.
+        let (mut store, interests) = Self::start(common, connected);
+        let core = Arc::clone(&store.core);
+        drop(interests);
+        store.created = core.mark_format().await?;
+        core.survey().await.map_err(|error| core.refused(&error))?;
+        store.keep(tokio::spawn(upkeep::run(core)).abort_handle());
+        Ok(store)
+    }
+
+    fn start(common: Arc<Common>, connected: Connected) -> (Self, mpsc::UnboundedReceiver<Interest>) {
+        let time = StoreTime::new(connected.now_ms);
+        let stats = Arc::new(Stats::default());
+        let (watches, interests) = Watches::new();
+        let (link, driver) = Driver::new(Parts {
+            common: Arc::clone(&common),
+            place: Place::Master,
+            time: time.clone(),
+            stats: Arc::clone(&stats),
+            bounce: None,
+        });
+        let task = tokio::spawn(driver.run(Some(connected)));
+        let (survey, closed) = (Mutex::default(), AtomicBool::new(false));
+        let core = Arc::new(Core { common, link, time, stats, survey, closed });
+        (Self { core, watches, created: false, tasks: Mutex::new(vec![task.abort_handle()]) }, interests)
+    }
+
+    fn keep(&self, task: AbortHandle) {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).push(task);
+    }
+}
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// A write, for what must be known of it afterwards.
+#[derive(Clone, Copy)]
+struct Write {
+    id: RecordId,
+    urgency: Urgency,
+    /// Until then it may land.
+    deadline_ms: u64,
+}
+
+impl Core {
+    fn submit(&self, request: Request) -> oneshot::Receiver<Result<Answer, Lost>> {
+        let (answer, receiver) = oneshot::channel();
+        let until = Instant::now() + self.common.timeout;
+        let op = Op { request, until, maybe: false, by_text: false, asking: false, answer };
+        if !self.closed.load(Ordering::Acquire) {
+            self.link.submit(op);
+        }
+        receiver
+    }
+
+    /// The reply, if it is no error. `may_land_until_ms`: for what is lost on its way.
+    async fn wait(
+        receiver: oneshot::Receiver<Result<Answer, Lost>>,
+        may_land_until_ms: Option<u64>,
+    ) -> Result<Answer, StoreError> {
+        match receiver.await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(lost)) => Err(StoreError::Unavailable {
+                reason: lost.reason.to_string(),
+                may_land_until_ms: may_land_until_ms.filter(|_| lost.maybe),
+            }),
+            Err(_) => Err(StoreError::Failed { reason: "the store was closed".to_owned() }),
+        }
+    }
+
+    /// Asks for something that is not a record's.
+    async fn ask(&self, request: Request) -> Result<Reply, StoreError> {
+        let deadline_ms = Some(self.deadline_ms()).filter(|_| request.writes());
+        Self::wait(self.submit(request), deadline_ms).await.and_then(accepted)
+    }
+
+    /// Until when a write that begins now may land.
+    fn deadline_ms(&self) -> u64 {
+        self.time.now_ms().saturating_add(millis(self.common.timeout).saturating_mul(2))
+    }
+
+    fn command(arguments: &[&[u8]]) -> Bytes {
+        let mut out = Output::default();
+        out.command(arguments.len());
+        arguments.iter().for_each(|argument| out.argument(argument));
+        out.into_bytes()
+    }
+
+    fn plain(bucket: Option<u8>, arguments: &[&[u8]]) -> Request {
+        Request::Plain { bucket, command: Self::command(arguments) }
+    }
+
+    /// Whether it was this call that has made the store.
+    async fn mark_format(&self) -> Result<bool, OpenError> {
+        let key = self.common.layout.format();
+        let set = Request::PlainWrite { command: Self::command(&[b"SET", &key, FORMAT.as_bytes(), b"NX"]) };
+        let set = self.ask(set).await.map_err(|error| self.refused(&error))?;
+        if set != Reply::Nil {
+            return Ok(true);
+        }
+        let found = self.ask(Self::plain(None, &[b"GET", &key])).await.map_err(|error| self.refused(&error))?;
+        match found {
+            Reply::Bulk(found) if found == FORMAT.as_bytes() => Ok(false),
+            found => {
+                let found = found.bulk().map(|found| String::from_utf8_lossy(&found).into_owned());
+                let reason = format!("what it holds has the format {found:?}; this version writes {FORMAT:?}");
+                Err(OpenError::Refused { place: self.common.dialer.place.clone(), reason })
+            }
+        }
+    }
+
+    fn refused(&self, error: &StoreError) -> OpenError {
+        let place = self.common.dialer.place.clone();
+        match error {
+            // Redis begins what it refuses with a word in capitals.
+            StoreError::Unavailable { reason, .. } if !reason.starts_with(|c: char| c.is_ascii_uppercase()) => {
+                OpenError::Unreachable { place, reason: reason.clone() }
+            }
+            StoreError::Unavailable { reason, .. } => OpenError::Refused { place, reason: reason.clone() },
+            error => OpenError::Refused { place, reason: error.to_string() },
+        }
+    }
+
+    async fn write(&self, request: Request, write: Write) -> Result<Answer, StoreError> {
+        let answer = Self::wait(self.submit(request), Some(write.deadline_ms)).await?;
+        let Reply::Error(error) = answer.reply else { return Ok(answer) };
+        if error.starts_with("WRONGTYPE") || error.contains("WRONGTYPE Operation") {
+            let detail = "something that is not a string stands under its key".to_owned();
+            return Err(StoreError::Damaged { id: write.id, detail });
+        }
+        if error.contains("OOM command not allowed") && write.urgency == Urgency::Claim {
+            return Err(StoreError::Full { path: self.common.dialer.place.clone(), min_free_bytes: 0 });
+        }
+        // An attempt before may have done it.
+        Err(StoreError::Unavailable {
+            reason: error,
+            may_land_until_ms: Some(write.deadline_ms).filter(|_| answer.again),
+        })
+    }
+
+    async fn create(&self, id: RecordId, value: Value, urgency: Urgency) -> Result<Swap, StoreError> {
+        let (now_ms, deadline_ms) = (self.time.now_ms(), self.deadline_ms());
+        let request = Request::Create { id, value: value.clone(), now_ms, deadline_ms };
+        let answer = self.write(request, Write { id, urgency, deadline_ms }).await?;
+        match answer.reply {
+            Reply::Int(version) => Ok(Swap::Done(Version(u64::try_from(version).unwrap_or(0)))),
+            Reply::Bulk(bytes) => Ok(told(Layout::entry(id, bytes)?, Some(&value))),
+            Reply::Nil => Ok(Swap::Conflict(None)),
+            Reply::Status(status) if status == LATE => {
+                let reason = "it came to the store too late".to_owned();
+                Err(StoreError::Unavailable { reason, may_land_until_ms: None })
+            }
+            _ => Err(odd()),
+        }
+    }
+
+    async fn update(
+        &self,
+        id: RecordId,
+        expected: Version,
+        new: Option<Value>,
+        urgency: Urgency,
+    ) -> Result<Swap, StoreError> {
+        let (now_ms, deadline_ms) = (self.time.now_ms(), self.deadline_ms());
+        // Never one that this entry has borne. Nor, but for the same millisecond, one that was written by another
+        // gateway in its place on a server that has lost this write.
+        let version = Version(expected.0.saturating_add(1).max(now_ms.saturating_mul(1000)));
+        let removes = new.is_none();
+        let request = Request::Update { id, expected, new: new.clone().map(|value| (version, value)), now_ms };
+        let answer = self.write(request, Write { id, urgency, deadline_ms }).await?;
+        match answer.reply {
+            Reply::Int(_) => Ok(Swap::Done(version)),
+            Reply::Bulk(bytes) => Ok(told(Layout::entry(id, bytes)?, new.as_ref())),
+            Reply::Nil if removes && answer.again => Ok(Swap::Done(version)),
+            Reply::Nil => Ok(Swap::Conflict(None)),
+            _ => Err(odd()),
+        }
+    }
+}
+
+/// Of a question.
+async fn reply_of(receiver: oneshot::Receiver<Result<Answer, Lost>>) -> Result<Reply, StoreError> {
+    Core::wait(receiver, None).await.and_then(accepted)
+}
+
+fn accepted(answer: Answer) -> Result<Reply, StoreError> {
+    match answer.reply {
+        Reply::Error(reason) => Err(StoreError::Unavailable { reason, may_land_until_ms: None }),
+        reply => Ok(reply),
+    }
+}
+
+/// What stands there is our own write if it equals it: then the answer to an earlier attempt was lost.
+fn told(found: Entry, new: Option<&Value>) -> Swap {
+    if Some(&found.value) == new { Swap::Done(found.version) } else { Swap::Conflict(Some(found)) }
+}
+
+fn odd() -> StoreError {
+    StoreError::Unavailable { reason: "it answered something unheard of".to_owned(), may_land_until_ms: Some(u64::MAX) }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Store for Redis {
+    async fn get(&self, id: RecordId) -> Result<Option<Entry>, StoreError> {
+        match Core::wait(self.core.submit(Request::Get(id)), None).await?.reply {
+            Reply::Bulk(bytes) => Layout::entry(id, bytes).map(Some),
+            Reply::Nil => Ok(None),
+            Reply::Error(error) if error.starts_with("WRONGTYPE") => Err(StoreError::Damaged {
+                id,
+                detail: "something that is not a string stands under its key".to_owned(),
+            }),
+            Reply::Error(reason) => Err(StoreError::Unavailable { reason, may_land_until_ms: None }),
+            _ => Err(odd()),
+        }
+    }
+
+    async fn compare_and_swap(
+        &self,
+        id: RecordId,
+        expected: Option<Version>,
+        new: Option<Value>,
+        _now_ms: u64,
+        urgency: Urgency,
+    ) -> Result<Swap, StoreError> {
+        if new.as_ref().is_some_and(|new| usize::from(new.tag.0) >= Tag::COUNT) {
+            return Err(StoreError::Failed { reason: "a bad tag".to_owned() });
+        }
+        match (expected, new) {
+            (None, Some(value)) => self.core.create(id, value, urgency).await,
+            // To remove what is not there.
+            (None, None) => Ok(match self.get(id).await? {
+                Some(found) => Swap::Conflict(Some(found)),
+                None => Swap::Done(Version(self.core.time.now_ms().saturating_mul(1000))),
+            }),
+            (Some(expected), new) => self.core.update(id, expected, new, urgency).await,
+        }
+    }
+
+    /// Redis drops what has expired; this clears the index of unknown entries.
+    async fn sweep(&self, now_ms: u64) -> Result<Duration, StoreError> {
+        self.core.sweep(now_ms).await
+    }
+
+    /// None: they are others' too.
+    fn unexpiring(&self) -> Result<Vec<(RecordId, Entry)>, StoreError> {
+        Ok(Vec::new())
+    }
+
+    /// In no order, but those of [`OLDEST_TRACKED`] (by bucket, then by age). A page may have a few entries more than asked
+    /// for: Redis gives those together whose hashes collide.
+    async fn list(&self, tag: Option<Tag>, after: u64, visit: usize) -> Result<Page, StoreError> {
+        self.core.list(tag, after, visit).await
+    }
+
+    /// 0: the clock is the store's.
+    fn newest_ms(&self) -> u64 {
+        0
+    }
+
+    async fn setting(&self, name: &str) -> Result<Option<Bytes>, StoreError> {
+        let key = self.core.common.layout.setting(name);
+        Ok(self.core.ask(Core::plain(None, &[b"GET", &key])).await?.bulk())
+    }
+
+    async fn swap_setting(&self, name: &str, expected: Option<&[u8]>, new: &[u8]) -> Result<bool, StoreError> {
+        let (expected, new) = (expected.map(Bytes::copy_from_slice), Bytes::copy_from_slice(new));
+        let request = Request::SetSetting { name: name.to_owned(), expected, new };
+        Ok(self.core.ask(request).await? == Reply::Int(1))
+    }
+
+    fn time(&self) -> Option<StoreTime> {
+        Some(self.core.time.clone())
+    }
+
+    fn watch(&self, id: RecordId) -> Watch {
+        self.watches.watch(id)
+    }
+
+    /// Of the entries only those of [`OLDEST_TRACKED`] are counted, as of some seconds ago; to count others, Redis would
+    /// have to look at each.
+    fn status(&self) -> Status {
+        let core = &self.core;
+        let health = match (core.closed.load(Ordering::Acquire), core.link.is_down()) {
+            (true, _) => Health::Failed,
+            (_, true) => Health::Unreachable,
+            _ => Health::Ok,
+        };
+        let survey = *core.survey.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut status = Status {
+            health,
+            created: self.created,
+            entries: [0; Tag::COUNT],
+            oldest_ms: [None; Tag::COUNT],
+            queue_len: core.link.queued() as u64,
+            batches: core.stats.batches.load(Ordering::Relaxed),
+            batched_writes: core.stats.batched_writes.load(Ordering::Relaxed),
+            bytes_written: core.stats.bytes_written.load(Ordering::Relaxed),
+            swept: core.stats.swept.load(Ordering::Relaxed),
+            disk_bytes: 0,
+        };
+        let tracked = usize::from(OLDEST_TRACKED.0);
+        if let (Some(entries), Some(oldest)) = (status.entries.get_mut(tracked), status.oldest_ms.get_mut(tracked)) {
+            (*entries, *oldest) = (survey.unknown, survey.oldest_ms);
+        }
+        status
+    }
+
+    fn close(&self) {
+        self.core.closed.store(true, Ordering::Release);
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).drain(..).for_each(|task| task.abort());
+    }
+}

@@ -1,0 +1,109 @@
+//! What is done beside requests: counting unknown entries, and clearing their index of what has expired.
+
+use super::layout::{MEMBER, Request, read_member};
+use super::resp::Reply;
+use super::{Core, reply_of};
+use crate::store::StoreError;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+/// So often the unknown entries are counted.
+const SURVEY: Duration = Duration::from_secs(10);
+/// Buckets that are asked about at a time.
+const BUCKETS: usize = 64;
+/// Buckets that one call of `sweep` looks at, and members in each.
+const SWEEP_BUCKETS: u8 = 16;
+const SWEEP_MAX: usize = 512;
+
+/// What was counted last.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Survey {
+    pub(super) unknown: u64,
+    pub(super) oldest_ms: Option<u64>,
+    /// Where the sweep goes on.
+    next_bucket: u8,
+}
+
+pub(super) async fn run(core: Arc<Core>) {
+    loop {
+        tokio::time::sleep(super::link::jittered(SURVEY)).await;
+        // The link logs what is wrong with the store.
+        let _ = core.survey().await;
+    }
+}
+
+impl Core {
+    /// Counts the unknown entries.
+    pub(super) async fn survey(&self) -> Result<(), StoreError> {
+        let (mut unknown, mut oldest_ms) = (0_u64, None);
+        let buckets: Vec<u8> = (0..=u8::MAX).collect();
+        for buckets in buckets.chunks(BUCKETS) {
+            let asked: Vec<_> = buckets
+                .iter()
+                .map(|bucket| {
+                    let set = self.common.layout.unknown(*bucket);
+                    let count = self.submit(Self::plain(Some(*bucket), &[b"ZCARD", &set]));
+                    (count, self.submit(Self::plain(Some(*bucket), &[b"ZRANGE", &set, b"0", b"0", b"WITHSCORES"])))
+                })
+                .collect();
+            for (count, oldest) in asked {
+                unknown += reply_of(count).await?.int().and_then(|count| u64::try_from(count).ok()).unwrap_or(0);
+                let score = scored(reply_of(oldest).await?).into_iter().next().map(|(_, score)| score);
+                oldest_ms = [oldest_ms, score].into_iter().flatten().min();
+            }
+        }
+        let mut survey = self.survey.lock().unwrap_or_else(PoisonError::into_inner);
+        (survey.unknown, survey.oldest_ms) = (unknown, oldest_ms);
+        Ok(())
+    }
+
+    pub(super) async fn sweep(&self, now_ms: u64) -> Result<Duration, StoreError> {
+        let first = {
+            let mut survey = self.survey.lock().unwrap_or_else(PoisonError::into_inner);
+            let first = survey.next_bucket;
+            survey.next_bucket = first.wrapping_add(SWEEP_BUCKETS);
+            first
+        };
+        let last = (SWEEP_MAX - 1).to_string();
+        let asked: Vec<_> = (first..=first.saturating_add(SWEEP_BUCKETS - 1))
+            .map(|bucket| {
+                let set = self.common.layout.unknown(bucket);
+                (bucket, self.submit(Self::plain(Some(bucket), &[b"ZRANGE", &set, b"0", last.as_bytes()])))
+            })
+            .collect();
+        let mut more = false;
+        for (bucket, reply) in asked {
+            let found = reply_of(reply).await?.array().unwrap_or_default();
+            let full = found.len() >= SWEEP_MAX;
+            let members: Vec<_> = found.into_iter().filter_map(|member| expired(member, now_ms)).collect();
+            if members.is_empty() {
+                continue;
+            }
+            more |= full;
+            let swept = self.ask(Request::Sweep { bucket, members }).await?.int().unwrap_or(0);
+            self.stats.swept.fetch_add(u64::try_from(swept).unwrap_or(0), Ordering::Relaxed);
+        }
+        Ok(if more { Duration::from_millis(10) } else { Duration::from_secs(1) })
+    }
+}
+
+fn expired(member: Reply, now_ms: u64) -> Option<[u8; MEMBER]> {
+    let member = member.bulk()?;
+    let (expires_at_ms, _) = read_member(&member)?;
+    if expires_at_ms? > now_ms { None } else { member.as_ref().try_into().ok() }
+}
+
+/// Members with their scores.
+pub(super) fn scored(reply: Reply) -> Vec<(bytes::Bytes, u64)> {
+    let flat = reply.array().unwrap_or_default();
+    let pairs = flat.chunks_exact(2).filter_map(|pair| match pair {
+        [member, score] => {
+            let score = score.clone().bulk()?;
+            // Below 2^53, so that it is written in full.
+            Some((member.clone().bulk()?, std::str::from_utf8(&score).ok()?.parse().ok()?))
+        }
+        _ => None,
+    });
+    pairs.collect()
+}
