@@ -197,14 +197,15 @@ fn a_settlement_whose_answer_is_lost_is_recorded_once(engine: Engine) {
 
 fn those_who_wait_elsewhere_live_through_an_outage(engine: Engine) {
     let gate = Gate::default();
-    let Some(fleet) = Fleet::alone(engine, 2, Upstream::holding(&gate), "") else { return };
+    let Some(fleet) = Fleet::start(engine, 2, Upstream::holding(&gate), "") else { return };
     let mut owner = fleet.begin(0, "k");
     fleet.upstream.wait_for(1);
     let mut waiter = fleet.begin(1, "k");
     eventually("it waits", || (fleet.gateways[1].metric("oncegate_waiters") == 1.0).then_some(()));
-    fleet.server.kill();
+    // Shorter than a lease.
+    fleet.proxies.iter().for_each(|proxy| proxy.refuse(true));
     fleet.wait_for_store(1, false);
-    fleet.server.restart();
+    fleet.proxies.iter().for_each(|proxy| proxy.refuse(false));
     fleet.wait_for_store(0, true);
     fleet.wait_for_store(1, true);
     gate.open();

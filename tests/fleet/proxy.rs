@@ -106,11 +106,6 @@ impl Proxy {
         }
     }
 
-    /// How many connections go through it at present.
-    pub(crate) fn connections(&self) -> usize {
-        self.shared.state.lock().unwrap().links.len()
-    }
-
     /// No faults from now on.
     pub(crate) fn mend(&self) {
         self.set(|state| {

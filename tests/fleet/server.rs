@@ -22,7 +22,9 @@ impl Server {
     /// One that loses nothing of what it has acknowledged. `None`: there is none to start here.
     pub(crate) fn start(engine: Engine) -> Option<Arc<Self>> {
         Some(Arc::new(match engine {
-            Engine::Redis => redis_server::installed().then(|| Self::Redis(Mutex::new(redis_server::Server::strict())))?,
+            Engine::Redis => {
+                redis_server::installed().then(|| Self::Redis(Mutex::new(redis_server::Server::strict())))?
+            }
             Engine::Postgres => Self::Postgres(postgres_server::Server::start(&[])?),
         }))
     }

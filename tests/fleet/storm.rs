@@ -5,7 +5,7 @@ mod adversary;
 mod audit;
 mod history;
 
-use crate::fleet::{Fleet, problem};
+use crate::fleet::{DATE, Fleet, problem};
 use crate::server::{Engine, Server};
 use crate::support::upstream::Reply;
 use crate::support::{Client, Gateway, Received, Upstream, post};
@@ -141,7 +141,7 @@ impl Visits {
         });
         let body = format!("{{\"key\":\"{key}\",\"execution\":{number}}}{}", "x".repeat(random.below(3000) as usize));
         let headers = [
-            ("Date", "Sun, 06 Nov 1994 08:49:37 GMT"),
+            ("Date", DATE),
             ("Content-Type", "text/plain"),
             ("Location", &format!("/posts/{number}")),
             ("X-Two", "one"),

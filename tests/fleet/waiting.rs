@@ -1,6 +1,6 @@
 //! Duplicates at several gateways: one is executed, and all get its answer soon.
 
-use crate::fleet::{Fleet, assert_same};
+use crate::fleet::{DATE, Fleet, assert_same};
 use crate::server::Engine;
 use crate::support::{Gate, Upstream, eventually};
 use std::collections::HashMap;
@@ -88,7 +88,7 @@ fn word_comes_to_those_who_wait_elsewhere(engine: Engine) {
 fn a_replay_at_another_gateway_is_the_first_answer_byte_for_byte(engine: Engine) {
     let upstream = Upstream::scripted(|request, reply| {
         let headers = [
-            ("Date", "Sun, 06 Nov 1994 08:49:37 GMT"),
+            ("Date", DATE),
             ("Content-Type", "application/octet-stream"),
             ("Location", "/posts/7"),
             ("X-Two", "one"),

@@ -121,7 +121,8 @@ impl Storm {
 
     fn judge_visits(&self) {
         for (key, visits) in &*self.visits.by_key.lock().unwrap() {
-            let runs = visits.iter().filter(|visit| matches!(visit, Visit::Executed(_) | Visit::ExecutedUnknown)).count();
+            let runs =
+                visits.iter().filter(|visit| matches!(visit, Visit::Executed(_) | Visit::ExecutedUnknown)).count();
             assert!(runs <= 1, "{key} was executed {runs} times: {visits:?}");
             // More than that: after anything but a plain refusal the upstream never sees the key again.
             let earlier = visits.split_last().map_or(&[][..], |(_, earlier)| earlier);
@@ -134,7 +135,8 @@ impl Storm {
         let of = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::SeqCst);
         let executions = self.visits.by_key.lock().unwrap();
         let executions = executions.values().flatten();
-        let executions = executions.filter(|visit| matches!(visit, Visit::Executed(_) | Visit::ExecutedUnknown)).count();
+        let executions =
+            executions.filter(|visit| matches!(visit, Visit::Executed(_) | Visit::ExecutedUnknown)).count();
         eprintln!(
             "  {:?} seed {}: {} keys, {} requests, {executions} executions; gateways: {} kills, {} stops; store: {} kills, \
              {} pauses; network: {} connections cut, {} answers lost, {} stalls; answers: {} none, {} 503s for the store, \
