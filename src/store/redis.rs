@@ -3,6 +3,7 @@
 //! One command is one round trip: `GET`, or a script that compares and writes. What all requests ask at a time goes out in
 //! one write (`link`). Entries expire by Redis itself, at the very time they name.
 
+mod cluster;
 mod dial;
 mod layout;
 mod link;
@@ -11,21 +12,24 @@ mod resp;
 mod tls;
 mod upkeep;
 mod url;
+mod word;
 
-use super::shared::{Interest, OpenError, Options, Watches};
+use self::url::Mode;
+use super::shared::{OpenError, Options, Watches};
 use super::{
     Entry, Health, OLDEST_TRACKED, Page, RecordId, Status, Store, StoreError, StoreTime, Swap, Tag, Urgency, Value,
     Version, Watch,
 };
 use bytes::Bytes;
-use dial::{Common, Connected, Dialer, Place};
+use cluster::Cluster;
+use dial::{Common, DialError, Dialer, Place};
 use layout::{FORMAT, LATE, Layout, Request};
-use link::{Answer, Driver, Link, Lost, Op, Parts, Stats};
+use link::{Answer, Driver, Lost, Op, Parts, Stats, Way};
 use resp::{Output, Reply};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use upkeep::Survey;
@@ -41,7 +45,7 @@ pub struct Redis {
 /// What operations need.
 struct Core {
     common: Arc<Common>,
-    link: Link,
+    way: Way,
     time: StoreTime,
     stats: Arc<Stats>,
     survey: Mutex<Survey>,
@@ -59,23 +63,24 @@ impl Redis {
             return Err(OpenError::Options { key: "prefix", reason });
         }
         let dialer = Dialer::new(options)?;
-        let layout = Layout::new(&options.prefix);
+        let is_cluster = dialer.target.mode == Mode::Cluster;
+        let layout = Layout::new(&options.prefix, !is_cluster);
         let common = Arc::new(Common { dialer, layout, timeout: options.timeout });
-        let connected = common.dialer.connect(&Place::Master).await;
-        let connected = connected.map_err(|error| error.at(&common.dialer.place))?;
         // Dropped, it ends its tasks.
-        let (mut store, interests) = Self::start(common, connected);
+        let opened =
+            if is_cluster { Self::cluster(Arc::clone(&common)).await } else { Self::one(Arc::clone(&common)).await };
+        let mut store = opened.map_err(|error| error.at(&common.dialer.place))?;
         let core = Arc::clone(&store.core);
-        drop(interests);
         store.created = core.mark_format().await?;
         core.survey().await.map_err(|error| core.refused(&error))?;
         store.keep(tokio::spawn(upkeep::run(core)).abort_handle());
         Ok(store)
     }
 
-    fn start(common: Arc<Common>, connected: Connected) -> (Self, mpsc::UnboundedReceiver<Interest>) {
-        let time = StoreTime::new(connected.now_ms);
-        let stats = Arc::new(Stats::default());
+    /// One server at a time.
+    async fn one(common: Arc<Common>) -> Result<Self, DialError> {
+        let connected = common.dialer.connect(&Place::Master).await?;
+        let (time, stats) = (StoreTime::new(connected.now_ms), Arc::new(Stats::default()));
         let (watches, interests) = Watches::new();
         let (link, driver) = Driver::new(Parts {
             common: Arc::clone(&common),
@@ -84,10 +89,33 @@ impl Redis {
             stats: Arc::clone(&stats),
             bounce: None,
         });
-        let task = tokio::spawn(driver.run(Some(connected)));
+        let tasks = [
+            tokio::spawn(driver.run(Some(connected))).abort_handle(),
+            tokio::spawn(word::listen(Arc::clone(&common), Arc::clone(&watches), interests)).abort_handle(),
+        ];
+        Ok(Self::new(common, Way::One(link), time, stats, watches, tasks.into()))
+    }
+
+    /// Nobody tells of changes there: each word would go to all nodes.
+    async fn cluster(common: Arc<Common>) -> Result<Self, DialError> {
+        let stats = Arc::new(Stats::default());
+        let (cluster, bounced, time) = Cluster::open(Arc::clone(&common), Arc::clone(&stats)).await?;
+        let (watches, _) = Watches::new();
+        let task = tokio::spawn(Arc::clone(&cluster).route(bounced)).abort_handle();
+        Ok(Self::new(common, Way::Cluster(cluster), time, stats, watches, vec![task]))
+    }
+
+    fn new(
+        common: Arc<Common>,
+        way: Way,
+        time: StoreTime,
+        stats: Arc<Stats>,
+        watches: Arc<Watches>,
+        tasks: Vec<AbortHandle>,
+    ) -> Self {
         let (survey, closed) = (Mutex::default(), AtomicBool::new(false));
-        let core = Arc::new(Core { common, link, time, stats, survey, closed });
-        (Self { core, watches, created: false, tasks: Mutex::new(vec![task.abort_handle()]) }, interests)
+        let core = Arc::new(Core { common, way, time, stats, survey, closed });
+        Self { core, watches, created: false, tasks: Mutex::new(tasks) }
     }
 
     fn keep(&self, task: AbortHandle) {
@@ -116,7 +144,7 @@ impl Core {
         let until = Instant::now() + self.common.timeout;
         let op = Op { request, until, maybe: false, by_text: false, asking: false, answer };
         if !self.closed.load(Ordering::Acquire) {
-            self.link.submit(op);
+            self.way.submit(op);
         }
         receiver
     }
@@ -154,7 +182,7 @@ impl Core {
         out.into_bytes()
     }
 
-    fn plain(bucket: Option<u8>, arguments: &[&[u8]]) -> Request {
+    fn plain(bucket: u8, arguments: &[&[u8]]) -> Request {
         Request::Plain { bucket, command: Self::command(arguments) }
     }
 
@@ -166,7 +194,7 @@ impl Core {
         if set != Reply::Nil {
             return Ok(true);
         }
-        let found = self.ask(Self::plain(None, &[b"GET", &key])).await.map_err(|error| self.refused(&error))?;
+        let found = self.ask(Self::plain(0, &[b"GET", &key])).await.map_err(|error| self.refused(&error))?;
         match found {
             Reply::Bulk(found) if found == FORMAT.as_bytes() => Ok(false),
             found => {
@@ -197,7 +225,8 @@ impl Core {
             return Err(StoreError::Damaged { id: write.id, detail });
         }
         if error.contains("OOM command not allowed") && write.urgency == Urgency::Claim {
-            return Err(StoreError::Full { path: self.common.dialer.place.clone(), min_free_bytes: 0 });
+            let path = format!("{} (its maxmemory is used up)", self.common.dialer.place);
+            return Err(StoreError::Full { path, min_free_bytes: 1 });
         }
         // An attempt before may have done it.
         Err(StoreError::Unavailable {
@@ -330,7 +359,7 @@ impl Store for Redis {
 
     async fn setting(&self, name: &str) -> Result<Option<Bytes>, StoreError> {
         let key = self.core.common.layout.setting(name);
-        Ok(self.core.ask(Core::plain(None, &[b"GET", &key])).await?.bulk())
+        Ok(self.core.ask(Core::plain(0, &[b"GET", &key])).await?.bulk())
     }
 
     async fn swap_setting(&self, name: &str, expected: Option<&[u8]>, new: &[u8]) -> Result<bool, StoreError> {
@@ -351,7 +380,7 @@ impl Store for Redis {
     /// have to look at each.
     fn status(&self) -> Status {
         let core = &self.core;
-        let health = match (core.closed.load(Ordering::Acquire), core.link.is_down()) {
+        let health = match (core.closed.load(Ordering::Acquire), core.way.is_down()) {
             (true, _) => Health::Failed,
             (_, true) => Health::Unreachable,
             _ => Health::Ok,
@@ -362,7 +391,7 @@ impl Store for Redis {
             created: self.created,
             entries: [0; Tag::COUNT],
             oldest_ms: [None; Tag::COUNT],
-            queue_len: core.link.queued() as u64,
+            queue_len: core.way.queued() as u64,
             batches: core.stats.batches.load(Ordering::Relaxed),
             batched_writes: core.stats.batched_writes.load(Ordering::Relaxed),
             bytes_written: core.stats.bytes_written.load(Ordering::Relaxed),
@@ -379,5 +408,6 @@ impl Store for Redis {
     fn close(&self) {
         self.core.closed.store(true, Ordering::Release);
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner).drain(..).for_each(|task| task.abort());
+        self.core.way.close();
     }
 }

@@ -57,6 +57,33 @@ impl Server {
         Self::start(&["--appendonly", "yes", "--appendfsync", "always"])
     }
 
+    /// Three masters that share the slots.
+    pub fn cluster() -> [Self; 3] {
+        let nodes = [0; 3].map(|_| Self::start(&["--cluster-enabled", "yes", "--cluster-node-timeout", "1000"]));
+        for (node, slots) in nodes.iter().zip([("0", "5460"), ("5461", "10922"), ("10923", "16383")]) {
+            node.client().ask(&["CLUSTER", "ADDSLOTSRANGE", slots.0, slots.1]);
+            node.client().ask(&["CLUSTER", "MEET", "127.0.0.1", &nodes[0].port.to_string()]);
+        }
+        let end = Instant::now() + START_MAX;
+        while !nodes.iter().all(|node| node.client().ask(&["CLUSTER", "INFO"]).text().contains("cluster_state:ok")) {
+            assert!(Instant::now() < end, "the cluster does not come together");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        nodes
+    }
+
+    /// A replica of this one, in step with it.
+    pub fn replica(&self) -> Self {
+        let replica =
+            Self::start(&["--replicaof", &format!("127.0.0.1 {}", self.port), "--repl-diskless-sync-delay", "0"]);
+        let end = Instant::now() + START_MAX;
+        while !replica.client().ask(&["INFO", "replication"]).text().contains("master_link_status:up") {
+            assert!(Instant::now() < end, "the replica does not catch up");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        replica
+    }
+
     pub fn url(&self) -> String {
         format!("redis://127.0.0.1:{}", self.port)
     }
@@ -106,6 +133,51 @@ impl Server {
             std::thread::sleep(Duration::from_millis(5));
         }
         panic!("redis-server is not ready after {START_MAX:?}");
+    }
+}
+
+/// A sentinel that watches one master, called `main`; alone it decides.
+pub struct Sentinel {
+    child: Child,
+    pub port: u16,
+    _dir: TempDir,
+}
+
+impl Sentinel {
+    pub fn start(master: &Server) -> Self {
+        let (dir, port) = (tempfile::tempdir().unwrap(), free_port());
+        let file = dir.path().join("sentinel.conf");
+        let text = format!(
+            "port {port}\nbind 127.0.0.1\nsentinel monitor main 127.0.0.1 {} 1\nsentinel down-after-milliseconds main 500\n\
+             sentinel failover-timeout main 2000\ndir {}\n",
+            master.port,
+            dir.path().display()
+        );
+        std::fs::write(&file, text).unwrap();
+        let mut command = Command::new("redis-server");
+        let child = command.arg(&file).arg("--sentinel").stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        let sentinel = Self { child, port, _dir: dir };
+        let end = Instant::now() + START_MAX;
+        // It has to know the replica, or there is nobody to turn to.
+        while !Client::connect(port).is_ok_and(|mut client| {
+            let replicas = client.try_ask(&["SENTINEL", "replicas", "main"]);
+            matches!(replicas, Ok(Value::Array(replicas)) if !replicas.is_empty())
+        }) {
+            assert!(Instant::now() < end, "the sentinel finds no replica");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        sentinel
+    }
+
+    pub fn client(&self) -> Client {
+        Client::connect(self.port).unwrap()
+    }
+}
+
+impl Drop for Sentinel {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

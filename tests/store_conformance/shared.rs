@@ -1,5 +1,5 @@
 //! Stores that are shared, in the suite. They go by a clock of their own, and the suite's times are small numbers: a store
-//! here adds an hour from now to each, so that nothing expires meanwhile.
+//! here adds a base to each, mostly an hour from now, so that nothing expires meanwhile.
 
 use super::*;
 use oncegate::store::{Page, Status, StoreTime, Watch};
@@ -24,8 +24,8 @@ impl<S> Shifted<S> {
 
 impl<S: Store> Shifted<S> {
     /// With the same base after a restart.
-    pub(super) fn new(store: S, base_ms: &OnceLock<u64>) -> Self {
-        let base_ms = *base_ms.get_or_init(|| store.time().unwrap().now_ms() + 3_600_000);
+    pub(super) fn new(store: S, ahead: Duration, base_ms: &OnceLock<u64>) -> Self {
+        let base_ms = *base_ms.get_or_init(|| store.time().unwrap().now_ms() + ahead.as_millis() as u64);
         Self { store, base_ms }
     }
 }

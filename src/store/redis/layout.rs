@@ -14,7 +14,7 @@ use bytes::{Buf, Bytes};
 pub(super) const HEADER: usize = 17;
 /// A member of the set of a bucket.
 pub(super) const MEMBER: usize = 8 + 32;
-/// What stands in the key `PREFIX:format`.
+/// What stands in the key `PREFIX:{00}:format`.
 pub(super) const FORMAT: &str = "1";
 /// The answer to a creation that came too late.
 pub(super) const LATE: &[u8] = b"LATE";
@@ -81,6 +81,8 @@ impl Script {
 #[derive(Debug)]
 pub(super) struct Layout {
     prefix: String,
+    /// Whether the end of a claim is told on its channel.
+    tells: bool,
     create: Script,
     update: Script,
     set: Script,
@@ -114,7 +116,7 @@ pub(super) enum Request {
     },
     /// A command as it is; about one bucket, if any.
     Plain {
-        bucket: Option<u8>,
+        bucket: u8,
         command: Bytes,
     },
     /// As above, but it writes.
@@ -127,16 +129,28 @@ impl Request {
     pub(super) fn writes(&self) -> bool {
         !matches!(self, Self::Get(_) | Self::Plain { .. })
     }
+
+    pub(super) fn bucket(&self) -> u8 {
+        match self {
+            Self::Get(id) | Self::Create { id, .. } | Self::Update { id, .. } => bucket_of(*id),
+            Self::Sweep { bucket, .. } | Self::Plain { bucket, .. } => *bucket,
+            Self::SetSetting { .. } | Self::PlainWrite { .. } => 0,
+        }
+    }
 }
 
 fn hex(nibble: u8) -> u8 {
     nibble + if nibble < 10 { b'0' } else { b'a' - 10 }
 }
 
+pub(super) fn hex_digits(byte: u8) -> [u8; 2] {
+    [hex(byte >> 4), hex(byte & 15)]
+}
+
 fn hex_of(id: RecordId) -> [u8; 32] {
     let mut text = [0; 32];
     for (to, byte) in text.chunks_exact_mut(2).zip(id.0) {
-        to.copy_from_slice(&[hex(byte >> 4), hex(byte & 15)]);
+        to.copy_from_slice(&hex_digits(byte));
     }
     text
 }
@@ -179,9 +193,10 @@ fn header(version: Option<Version>, value: &Value) -> ([u8; HEADER], usize) {
 }
 
 impl Layout {
-    pub(super) fn new(prefix: &str) -> Self {
+    pub(super) fn new(prefix: &str, tells: bool) -> Self {
         Self {
             prefix: prefix.to_owned(),
+            tells,
             create: Script::new(CREATE),
             update: Script::new(UPDATE),
             set: Script::new(SET),
@@ -199,7 +214,9 @@ impl Layout {
     fn of_bucket(&self, bucket: u8) -> Vec<u8> {
         let mut key = Vec::with_capacity(self.prefix.len() + 38);
         key.extend_from_slice(self.prefix.as_bytes());
-        key.extend_from_slice(&[b':', b'{', hex(bucket >> 4), hex(bucket & 15), b'}', b':']);
+        key.extend_from_slice(b":{");
+        key.extend_from_slice(&hex_digits(bucket));
+        key.extend_from_slice(b"}:");
         key
     }
 
@@ -210,11 +227,23 @@ impl Layout {
     }
 
     pub(super) fn setting(&self, name: &str) -> Vec<u8> {
-        format!("{}:setting:{name}", self.prefix).into_bytes()
+        self.beside(&format!("setting:{name}"))
     }
 
     pub(super) fn format(&self) -> Vec<u8> {
-        format!("{}:format", self.prefix).into_bytes()
+        self.beside("format")
+    }
+
+    /// Is written before replicas are waited for.
+    pub(super) fn mark(&self) -> Vec<u8> {
+        self.beside("mark")
+    }
+
+    /// What is not a record stands in the first bucket.
+    fn beside(&self, name: &str) -> Vec<u8> {
+        let mut key = self.of_bucket(0);
+        key.extend_from_slice(name.as_bytes());
+        key
     }
 
     /// For `SCAN … MATCH`: the keys of entries, and few others.
@@ -322,7 +351,7 @@ impl Layout {
         }
         push_expiry(out, new.and_then(|(_, value)| value.expires_at_ms));
         // A claim in place of a claim is its renewal.
-        let ends = new.is_none_or(|(_, value)| value.tag != Tag(0));
+        let ends = self.tells && new.is_none_or(|(_, value)| value.tag != Tag(0));
         out.argument(if ends { b"1" } else { b"" });
         if let Some(value) = tracked {
             out.number(now_ms);

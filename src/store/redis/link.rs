@@ -3,7 +3,8 @@
 
 mod session;
 
-use super::dial::{Common, Connected, Place};
+use super::cluster::Cluster;
+use super::dial::{Common, Connected, DialError, Place};
 use super::layout::Request;
 use super::resp::Reply;
 use crate::store::StoreTime;
@@ -72,6 +73,49 @@ pub(super) struct State {
 impl State {
     fn reason(&self) -> Arc<str> {
         Arc::clone(&self.reason.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// The way to whoever has the store, one server or many.
+pub(super) enum Way {
+    One(Link),
+    Cluster(Arc<Cluster>),
+}
+
+impl Way {
+    pub(super) fn submit(&self, op: Op) {
+        match self {
+            Self::One(link) => link.submit(op),
+            Self::Cluster(cluster) => cluster.submit(op),
+        }
+    }
+
+    pub(super) fn is_down(&self) -> bool {
+        match self {
+            Self::One(link) => link.is_down(),
+            Self::Cluster(cluster) => cluster.is_down(),
+        }
+    }
+
+    pub(super) fn queued(&self) -> usize {
+        match self {
+            Self::One(link) => link.queued(),
+            Self::Cluster(cluster) => cluster.queued(),
+        }
+    }
+
+    /// See [`Cluster::next_node`].
+    pub(super) fn next_node(&self, bucket: u8) -> Option<u8> {
+        match self {
+            Self::One(_) => None,
+            Self::Cluster(cluster) => cluster.next_node(bucket),
+        }
+    }
+
+    pub(super) fn close(&self) {
+        if let Self::Cluster(cluster) = self {
+            cluster.close();
+        }
     }
 }
 
@@ -179,7 +223,7 @@ impl Driver {
             if !self.state.down.swap(true, Ordering::AcqRel) {
                 let place = &self.common.dialer.place;
                 match error {
-                    super::dial::DialError::Unreachable(_) => {
+                    DialError::Unreachable(_) => {
                         tracing::warn!(place, %reason, "the store cannot be reached");
                     }
                     _ => tracing::error!(place, %reason, "the store cannot be used any more"),

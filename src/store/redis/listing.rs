@@ -19,6 +19,10 @@ const BUCKETS: u8 = 64;
 const VISIT_MAX: usize = 4096;
 /// A cursor of the index of unknown entries: the bucket in the highest byte, the time of the last one seen below.
 const TIME_BITS: u32 = 56;
+/// A cursor of `SCAN`: the first bucket of the node in the highest byte (a single server: 0), its own cursor below, of which
+/// it uses as many bits as its table has, and fourteen more in a cluster.
+const NODE_BITS: u32 = 56;
+const CURSOR: u64 = (1 << NODE_BITS) - 1;
 
 impl Core {
     pub(super) async fn list(&self, tag: Option<Tag>, after: u64, visit: usize) -> Result<Page, StoreError> {
@@ -32,13 +36,14 @@ impl Core {
 
     async fn scan(&self, tag: Option<Tag>, after: u64, visit: usize) -> Result<Page, StoreError> {
         let pattern = self.common.layout.pattern();
-        let (mut cursor, mut entries, mut seen, mut bytes) = (after, Vec::new(), 0, 0);
+        let (mut node, mut cursor) = ((after >> NODE_BITS) as u8, after & CURSOR);
+        let (mut entries, mut seen, mut bytes) = (Vec::new(), 0, 0);
         let mut count = SCAN_MAX;
         loop {
             count = count.min(visit - seen);
             let (at, n) = (cursor.to_string(), count.to_string());
             let command: [&[u8]; 6] = [b"SCAN", at.as_bytes(), b"MATCH", &pattern, b"COUNT", n.as_bytes()];
-            let mut reply = self.ask(Self::plain(None, &command)).await?.array().unwrap_or_default();
+            let mut reply = self.ask(Self::plain(node, &command)).await?.array().unwrap_or_default();
             let keys = reply.pop().and_then(Reply::array).unwrap_or_default();
             let next = reply.pop().and_then(|next| std::str::from_utf8(&next.bulk()?).ok()?.parse().ok()).unwrap_or(0);
             let ids = keys.into_iter().filter_map(|key| self.common.layout.id(&key.bulk()?)).collect::<Vec<_>>();
@@ -47,15 +52,21 @@ impl Core {
             // How long the entries are shows when they are found.
             if len > STEP_MAX && count > 1 {
                 if !entries.is_empty() {
-                    return Ok(Page { entries, next: Some(cursor) });
+                    return Ok(Page { entries, next: Some((u64::from(node) << NODE_BITS) | cursor) });
                 }
                 count = count.div_ceil(8);
                 continue;
             }
             self.fetch(wanted, tag, &mut entries).await?;
-            (cursor, seen, bytes) = (next, seen + looked_at, bytes + len);
-            if cursor == 0 || seen >= visit || bytes >= BYTES_MAX {
-                return Ok(Page { entries, next: Some(cursor).filter(|cursor| *cursor != 0) });
+            (cursor, seen, bytes) = (next & CURSOR, seen + looked_at, bytes + len);
+            if cursor == 0 {
+                match self.way.next_node(node) {
+                    Some(next) => node = next,
+                    None => return Ok(Page { entries, next: None }),
+                }
+            }
+            if seen >= visit || bytes >= BYTES_MAX {
+                return Ok(Page { entries, next: Some((u64::from(node) << NODE_BITS) | cursor) });
             }
             count = (count * 8).min(SCAN_MAX);
         }
@@ -64,7 +75,7 @@ impl Core {
     /// Those that bear the tag, and how long they are together.
     async fn choose(&self, ids: Vec<RecordId>, tag: Option<Tag>) -> (Vec<RecordId>, usize) {
         let asked = ids.into_iter().map(|id| {
-            let (bucket, key) = (Some(bucket_of(id)), self.common.layout.key(id));
+            let (bucket, key) = (bucket_of(id), self.common.layout.key(id));
             let tag = self.submit(Self::plain(bucket, &[b"GETRANGE", &key, b"8", b"8"]));
             (id, tag, self.submit(Self::plain(bucket, &[b"STRLEN", &key])))
         });
@@ -123,20 +134,33 @@ impl Core {
         let same = |one: &(u8, u64, RecordId), other: &(u8, u64, RecordId)| (one.0, one.1) == (other.0, other.1);
         let mut page = Page { entries: Vec::new(), next };
         let (mut used, mut bytes) = (0, 0);
+        let lens = self.lens(found.iter().take(2 * visit).map(|(.., id)| *id)).await;
+        let mut lens = lens.into_iter();
+        let mut wanted = Vec::new();
         for group in found.chunk_by(same) {
             if used > 0 && (used + group.len() > visit || bytes >= BYTES_MAX) {
                 break;
             }
-            let ids = group.iter().map(|(.., id)| *id).collect();
-            let (wanted, len) = self.choose(ids, Some(OLDEST_TRACKED)).await;
-            self.fetch(wanted, Some(OLDEST_TRACKED), &mut page.entries).await?;
-            (used, bytes) = (used + group.len(), bytes + len);
+            used += group.len();
+            bytes += lens.by_ref().take(group.len()).sum::<usize>();
+            wanted.extend(group.iter().map(|(.., id)| *id));
             page.next = group.first().map(|(bucket, time, _)| (u64::from(*bucket) << TIME_BITS) | time);
         }
+        self.fetch(wanted, Some(OLDEST_TRACKED), &mut page.entries).await?;
         if used == found.len() && !more {
             page.next = next;
         }
         Ok(page)
+    }
+
+    async fn lens(&self, ids: impl Iterator<Item = RecordId>) -> Vec<usize> {
+        let ask = |id| self.submit(Self::plain(bucket_of(id), &[b"STRLEN", &self.common.layout.key(id)]));
+        let asked: Vec<_> = ids.map(ask).collect();
+        let mut lens = Vec::with_capacity(asked.len());
+        for len in asked {
+            lens.push(reply_of(len).await.ok().and_then(|len| usize::try_from(len.int()?).ok()).unwrap_or(0));
+        }
+        lens
     }
 
     /// The members of buckets that are later than `time` (of the first bucket; of the others all), at most `max` of each
@@ -156,7 +180,7 @@ impl Core {
                 command.extend([&b"LIMIT"[..], b"0", limit.as_bytes()]);
             }
             command.push(b"WITHSCORES");
-            self.submit(Self::plain(Some(bucket), &command))
+            self.submit(Self::plain(bucket, &command))
         };
         let asked: Vec<_> = buckets
             .map(|bucket| (bucket, ask(bucket, if bucket == first { &after } else { "-inf" }, "+inf", Some(&limit))))

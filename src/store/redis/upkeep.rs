@@ -43,8 +43,8 @@ impl Core {
                 .iter()
                 .map(|bucket| {
                     let set = self.common.layout.unknown(*bucket);
-                    let count = self.submit(Self::plain(Some(*bucket), &[b"ZCARD", &set]));
-                    (count, self.submit(Self::plain(Some(*bucket), &[b"ZRANGE", &set, b"0", b"0", b"WITHSCORES"])))
+                    let count = self.submit(Self::plain(*bucket, &[b"ZCARD", &set]));
+                    (count, self.submit(Self::plain(*bucket, &[b"ZRANGE", &set, b"0", b"0", b"WITHSCORES"])))
                 })
                 .collect();
             for (count, oldest) in asked {
@@ -69,7 +69,7 @@ impl Core {
         let asked: Vec<_> = (first..=first.saturating_add(SWEEP_BUCKETS - 1))
             .map(|bucket| {
                 let set = self.common.layout.unknown(bucket);
-                (bucket, self.submit(Self::plain(Some(bucket), &[b"ZRANGE", &set, b"0", last.as_bytes()])))
+                (bucket, self.submit(Self::plain(bucket, &[b"ZRANGE", &set, b"0", last.as_bytes()])))
             })
             .collect();
         let mut more = false;

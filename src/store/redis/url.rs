@@ -103,6 +103,12 @@ fn addresses(hosts: &str, port: u16) -> Result<Vec<Address>, OpenError> {
     hosts.split(',').map(|host| address(host, port).ok_or_else(|| wrong(format!("{host:?} is no HOST:PORT")))).collect()
 }
 
+/// As the nodes of a cluster name each other: the port is after the last colon, and IPv6 addresses have no brackets.
+pub(super) fn node(text: &str) -> Option<Address> {
+    let (host, port) = text.trim().rsplit_once(':')?;
+    Some(Address::Tcp(Some(host).filter(|host| !host.is_empty())?.to_owned(), port.parse().ok()?))
+}
+
 fn address(text: &str, default_port: u16) -> Option<Address> {
     let (host, port) = match text.strip_prefix('[') {
         Some(rest) => {

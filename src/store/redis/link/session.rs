@@ -26,6 +26,8 @@ const READ: usize = 32 << 10;
 enum Slot {
     Op(Op),
     Time,
+    /// The write before `WAIT`.
+    Mark,
     /// `WAIT`, for all writes that came before it.
     Wait,
     /// Of `ASKING`, or of an operation that has waited too long.
@@ -42,6 +44,8 @@ pub(super) struct Session {
     batches: usize,
     /// Writes that the server has done, but not the replicas yet.
     unconfirmed: Vec<(Op, Reply)>,
+    /// Whether the last mark was written.
+    marked: bool,
     /// Answered with "not now": they go first on the next connection.
     again: VecDeque<Op>,
     taken: Vec<Op>,
@@ -65,6 +69,7 @@ impl Session {
             slots: VecDeque::new(),
             batches: 0,
             unconfirmed: Vec::new(),
+            marked: false,
             again: VecDeque::new(),
             taken: Vec::new(),
             tick: Box::pin(sleep_until(now + HEARTBEAT)),
@@ -214,6 +219,13 @@ impl Session {
         let dialer = &driver.common.dialer;
         let limit = u64::try_from(self.stall.as_millis()).unwrap_or(u64::MAX) * 2 / 3;
         let replicas = u64::from(dialer.wait_replicas);
+        // The server waits for what this very connection wrote last. What another has written before, an earlier attempt
+        // perhaps, counts only with a write of our own behind it.
+        self.output.command(3);
+        self.output.argument(b"SET");
+        self.output.argument(&driver.common.layout.mark());
+        self.output.argument(b"");
+        self.slots.push_back((Slot::Mark, false));
         if dialer.strict {
             self.output.command(4);
             self.output.argument(b"WAITAOF");
@@ -240,6 +252,7 @@ impl Session {
                 }
             }
             Slot::Nobody => {}
+            Slot::Mark => self.marked = !matches!(reply, Reply::Error(_)),
             Slot::Wait => self.confirmed(driver, reply),
             Slot::Op(op) => match reply {
                 Reply::Error(error) => self.refused(driver, op, error),
@@ -265,7 +278,7 @@ impl Session {
         };
         let reason: Arc<str> = Arc::from(told);
         for (mut op, reply) in self.unconfirmed.drain(..) {
-            if enough {
+            if enough && self.marked {
                 deliver(op, reply);
             } else {
                 op.maybe = true;
