@@ -23,7 +23,9 @@ const SETTINGS: &[&str] = &[
 ];
 
 /// `trust` for all but those who are named so.
-const HBA: &str = "host all with_password 127.0.0.1/32 scram-sha-256\nhost all all 127.0.0.1/32 trust\n\
+const HBA: &str = "host all with_password 127.0.0.1/32 scram-sha-256\n\
+                   hostssl all with_certificate 127.0.0.1/32 cert\nhostnossl all with_certificate 127.0.0.1/32 reject\n\
+                   host all all 127.0.0.1/32 trust\n\
                    host replication all 127.0.0.1/32 trust\n";
 
 /// Where the programs are; `None` where there is no server to test with: that is said, and may be a failure.
@@ -157,11 +159,22 @@ pub struct Server {
 impl Server {
     /// With settings of its own, `name=value`. `None`: there is nothing to start.
     pub fn start(settings: &[&str]) -> Option<Self> {
+        Self::start_with(settings, &[])
+    }
+
+    /// And with files in its directory, which only it can read.
+    pub fn start_with(settings: &[&str], files: &[(&str, &str)]) -> Option<Self> {
         programs()?;
         let dir = directory();
         run(Command::new("cp").arg("-a").arg(template().join("data")).arg(dir.path().join("data")));
         let mut hba = std::fs::File::create(dir.path().join("data/pg_hba.conf")).unwrap();
         hba.write_all(HBA.as_bytes()).unwrap();
+        for (name, content) in files {
+            let path = dir.path().join("data").join(name);
+            std::fs::write(&path, content).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+            give_away(&path);
+        }
         Some(Self::on(dir, settings))
     }
 
@@ -223,6 +236,18 @@ impl Server {
     fn processes(&self) -> Vec<Pid> {
         let postmaster = self.postmaster();
         std::iter::once(postmaster).chain(children(postmaster)).collect()
+    }
+
+    /// What all its processes that still run have used.
+    pub fn cpu(&self) -> Duration {
+        let ticks = self.processes().into_iter().map(|pid| {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
+            let rest = stat.rsplit_once(") ").map(|(_, rest)| rest.to_owned()).unwrap_or_default();
+            let fields: Vec<u64> = rest.split(' ').map(|field| field.parse().unwrap_or(0)).collect();
+            // User and system time, in hundredths of a second.
+            fields.get(11..13).map_or(0, |times| times.iter().sum())
+        });
+        Duration::from_millis(ticks.sum::<u64>() * 10)
     }
 
     pub fn signal_all(&self, signal: Signal) {

@@ -18,6 +18,8 @@ use tokio_postgres::{AsyncMessage, Client, Config, Error, Notification, Row};
 
 /// A silent peer is probed after this time without a word.
 const KEEPALIVE: Duration = Duration::from_secs(30);
+/// For taking leave.
+const LEAVE: Duration = Duration::from_secs(1);
 /// The longest prefix: PostgreSQL cuts names off after 63 bytes.
 const PREFIX_MAX: usize = 40;
 
@@ -227,7 +229,16 @@ fn single_hosts(whole: &Config) -> Vec<Config> {
 pub(super) struct Connection {
     pub(super) client: Client,
     ended: watch::Receiver<bool>,
-    task: JoinHandle<()>,
+    _task: Task,
+}
+
+/// Ends at once when it is dropped, answers or not: nobody waits for them any more.
+struct Task(JoinHandle<()>);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 impl Connection {
@@ -249,19 +260,19 @@ impl Connection {
             }
             end.send_replace(true);
         });
-        Self { client, ended, task }
+        Self { client, ended, _task: Task(task) }
     }
 
     /// Ready when the connection is gone.
     pub(super) async fn gone(&self) {
         let _ = self.ended.clone().wait_for(|ended| *ended).await;
     }
-}
 
-impl Drop for Connection {
-    /// At once, answers or not: nobody waits for them any more.
-    fn drop(&mut self) {
-        self.task.abort();
+    /// Takes leave of the server.
+    pub(super) async fn end(self) {
+        let Self { client, mut ended, _task } = self;
+        drop(client);
+        let _ = timeout(LEAVE, ended.wait_for(|ended| *ended)).await;
     }
 }
 

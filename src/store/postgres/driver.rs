@@ -10,12 +10,12 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, oneshot, watch};
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tokio_postgres::Row;
 
 /// Connections that carry operations. While one waits for its commit, the next batch gathers for another.
 const CONNECTIONS: usize = 3;
-/// A connection without work is tried after this time.
+/// Each connection is checked so often, with work and without.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
@@ -46,12 +46,15 @@ pub(super) struct Driver {
 struct Link {
     connection: Connection,
     generation: u64,
-    driver: Arc<Driver>,
+    live: Live,
 }
 
-impl Drop for Link {
+/// Counts among the open connections.
+struct Live(Arc<Driver>);
+
+impl Drop for Live {
     fn drop(&mut self) {
-        let mut state = self.driver.state();
+        let mut state = self.0.state();
         state.live = state.live.saturating_sub(1);
     }
 }
@@ -134,7 +137,7 @@ impl Driver {
             tracing::info!(place = %self.connector.place, "the store can be reached again");
         }
         drop(state);
-        Link { connection, generation, driver: Arc::clone(self) }
+        Link { connection, generation, live: Live(Arc::clone(self)) }
     }
 
     async fn work(self: Arc<Self>, mut link: Option<Link>) {
@@ -143,11 +146,20 @@ impl Driver {
                 link = self.connect().await;
             }
             let Some(connected) = link.take() else { break };
-            let Some(reason) = self.serve(&connected).await else { break };
-            drop(connected);
+            let ended = self.serve(&connected).await;
+            let Link { connection, live, .. } = connected;
+            drop(live);
+            let Some(reason) = ended else {
+                connection.end().await;
+                break;
+            };
             tracing::debug!(place = %self.connector.place, reason, "a connection to the store has ended");
         }
-        self.state().refuse_all();
+        let mut state = self.state();
+        // The last one turns out the light.
+        if state.live == 0 {
+            state.refuse_all();
+        }
     }
 
     /// A new connection, sooner or later; `None`: the store was closed.
@@ -202,7 +214,14 @@ impl Driver {
 
     /// Works until the connection is of no more use, and says why; `None`: the store was closed, and nothing is left.
     async fn serve(&self, link: &Link) -> Option<String> {
+        let mut next_check = Instant::now() + HEARTBEAT;
         loop {
+            if next_check <= Instant::now() {
+                if let Err(reason) = self.check(link).await {
+                    return Some(reason);
+                }
+                next_check = Instant::now() + HEARTBEAT;
+            }
             let batch = {
                 let mut state = self.state();
                 if state.generation != link.generation {
@@ -216,7 +235,7 @@ impl Driver {
             };
             let ended = match batch {
                 Some(batch) => self.attempt(link, batch).await,
-                None => self.idle(link).await,
+                None => self.idle(link, next_check).await,
             };
             if let Err(reason) = ended {
                 return Some(reason);
@@ -225,18 +244,21 @@ impl Driver {
     }
 
     /// Until there may be something to do.
-    async fn idle(&self, link: &Link) -> Result<(), String> {
+    async fn idle(&self, link: &Link, next_check: Instant) -> Result<(), String> {
         tokio::select! {
             () = self.work.notified() => Ok(()),
             () = self.is_closed() => Ok(()),
             () = link.connection.gone() => Err("the server has closed it".to_owned()),
-            () = sleep(HEARTBEAT) => {
-                let check = self.connector.check(&link.connection);
-                let time = timeout(self.connector.timeout, check).await.map_err(|_| "no heartbeat".to_owned())?;
-                self.time.told(time.map_err(|error| error.to_string())?);
-                Ok(())
-            }
+            () = sleep_until(next_check) => Ok(()),
         }
+    }
+
+    /// Whether the server still answers, still takes writes, and still keeps its promises.
+    async fn check(&self, link: &Link) -> Result<(), String> {
+        let check = timeout(self.connector.timeout, self.connector.check(&link.connection)).await;
+        let time = check.map_err(|_| "no heartbeat".to_owned())?.map_err(|error| error.to_string())?;
+        self.time.told(time);
+        Ok(())
     }
 
     /// Sends a batch and answers it. What remains without an answer goes back into the queue.

@@ -21,6 +21,8 @@ const HEARTBEAT: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_secs(1);
 /// Where notifications do not come through, that may change some day.
 const DEAF_PAUSE: Duration = Duration::from_secs(600);
+/// How long a word may take to come back.
+const ECHO: Duration = Duration::from_secs(3);
 /// Claims that are marked at once.
 const MARKED_MAX: usize = 256;
 
@@ -120,7 +122,7 @@ async fn echo(driver: &Driver, heard: &mut Receiver<Notification>) -> Option<End
         }
         Some(End::Lost("the server has closed it".to_owned()))
     };
-    timeout(driver.connector.timeout, arrives).await.unwrap_or(Some(End::Deaf))
+    timeout(ECHO, arrives).await.unwrap_or(Some(End::Deaf))
 }
 
 /// Marks claims, so that whoever settles them tells. One that is not there (any more) has changed already.

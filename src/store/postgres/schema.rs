@@ -2,10 +2,14 @@
 
 use super::connect::{Connection, Connector, describe};
 use crate::store::shared::OpenError;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 
 /// What brings the schema from each version to the next.
 const MIGRATIONS: &[&str] = &[include_str!("schema_1.sql")];
+
+const RIGHTS: &str = "the role needs SELECT, INSERT, UPDATE and DELETE on the tables, USAGE on the sequence and EXECUTE on \
+     the functions that begin with store.prefix";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Schema {
@@ -28,7 +32,12 @@ pub(super) async fn find(connection: &Connection, connector: &Connector) -> Resu
         return Ok(Schema::Absent);
     }
     let row = connection.client.query_typed_opt(&sql.schema_version, &[]).await;
-    let row = row.map_err(|error| connector.refusal(&error))?;
+    let row = row.map_err(|error| match error.code() {
+        Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
+            OpenError::Refused { place: connector.place.clone(), reason: RIGHTS.to_owned() }
+        }
+        _ => connector.refusal(&error),
+    })?;
     let version = row.and_then(|row| row.try_get::<_, i32>(0).ok()).unwrap_or(0);
     if version > current() {
         let reason = format!("its tables are of version {version}, and this oncegate knows {} only", current());
@@ -53,7 +62,7 @@ pub(super) async fn check(connection: &Connection, connector: &Connector) -> Res
     if rights.try_get::<_, bool>(0).unwrap_or(false) {
         return Ok(());
     }
-    Err(refused("the role needs SELECT, INSERT, UPDATE and DELETE on the tables, and USAGE on the sequence"))
+    Err(refused(RIGHTS))
 }
 
 /// Brings the tables up to date; two that do so at once do it once. Whether there were none before.

@@ -91,7 +91,10 @@ impl Sql {
                 "SELECT {} AND {} AND {} AND {} AND has_sequence_privilege('{prefix}_versions', 'USAGE') AND \
                  has_table_privilege('{prefix}_settings', 'SELECT') AND \
                  has_table_privilege('{prefix}_settings', 'INSERT') AND \
-                 has_table_privilege('{prefix}_settings', 'UPDATE')",
+                 has_table_privilege('{prefix}_settings', 'UPDATE') AND \
+                 has_function_privilege('{prefix}_get_1(bytea[])', 'EXECUTE') AND has_function_privilege(\
+                 '{prefix}_swap_1(bytea[],bigint[],smallint[],bigint[],bytea[],bigint,boolean)', 'EXECUTE') AND \
+                 has_function_privilege('{prefix}_await_1(bytea[])', 'EXECUTE')",
                 may("SELECT"),
                 may("INSERT"),
                 may("UPDATE"),
