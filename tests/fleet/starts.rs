@@ -111,7 +111,7 @@ fn a_store_that_may_lose_what_it_acknowledged_is_refused_unless_the_operator_acc
         if bearable {
             assert_eq!(relaxed.unwrap().post("k", "{}").status, 201);
         } else {
-            refused(relaxed, 2);
+            refused(relaxed, 1);
         }
     }
 }

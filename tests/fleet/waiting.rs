@@ -168,21 +168,22 @@ fn where_nobody_waits_a_duplicate_elsewhere_is_a_conflict_at_once(engine: Engine
     assert_eq!(fleet.post(1, "k").text(), "run 1");
 }
 
-fn one_who_waits_elsewhere_and_hangs_up_harms_nobody(engine: Engine) {
+fn one_who_waits_elsewhere_in_vain_hands_the_watch_over(engine: Engine) {
     let (upstream, gate) = gated();
-    let Some(fleet) = Fleet::start(engine, 2, upstream, "") else { return };
+    let Some(fleet) = Fleet::start(engine, 2, upstream, "idempotency.wait_timeout = \"2s\"") else { return };
     let mut owner = fleet.begin(0, "k");
     fleet.upstream.wait_for(1);
-    let leads = fleet.begin(1, "k");
+    // It has looked into the store for all who come behind it.
+    let mut leads = fleet.begin(1, "k");
     wait_for_waiters(&fleet, 1, 1);
-    let mut follows = fleet.begin(1, "k");
-    wait_for_waiters(&fleet, 1, 2);
-    // He who has looked into the store for both.
-    leads.reset();
-    wait_for_waiters(&fleet, 1, 1);
+    thread::sleep(Duration::from_secs(1));
+    let mut follow = (0..8).map(|_| fleet.begin(1, "k")).collect::<Vec<_>>();
+    wait_for_waiters(&fleet, 1, 9);
+    leads.read().expect_problem(409, "in_progress");
+    wait_for_waiters(&fleet, 1, 8);
     gate("k").open();
     assert_eq!(owner.read().text(), "run 1");
-    assert_eq!(follows.read().text(), "run 1");
+    follow.iter_mut().for_each(|client| assert_eq!(client.read().text(), "run 1"));
     fleet.executed_once("k");
 }
 
@@ -193,5 +194,5 @@ for_each_store! {
     those_who_wait_elsewhere_try_for_themselves_when_nothing_was_executed
     a_wait_elsewhere_has_its_end
     where_nobody_waits_a_duplicate_elsewhere_is_a_conflict_at_once
-    one_who_waits_elsewhere_and_hangs_up_harms_nobody
+    one_who_waits_elsewhere_in_vain_hands_the_watch_over
 }

@@ -32,14 +32,14 @@ impl Storm {
     /// Kills gateways and starts them again, and stops some, beyond their leases and for moments.
     pub(super) fn trouble_gateways(&self) {
         let mut random = self.random(1);
-        while self.pause(random.ms(100, 600)) {
+        while self.pause(random.ms(50, 400)) {
             let place = random.below(self.places.len() as u64) as usize;
             match random.below(100) {
-                0..50 => {
+                0..60 => {
                     let downtime = random.ms(0, 200);
                     self.kill(place, downtime);
                 }
-                50..70 => self.freeze(place, LEASE + random.ms(50, 700)),
+                60..73 => self.freeze(place, LEASE + random.ms(50, 700)),
                 _ => self.freeze(place, random.ms(20, 400)),
             }
         }
