@@ -35,6 +35,8 @@ fn a_request_that_takes_longer_than_the_lease_stays_in_progress_and_is_answered(
     fleet.upstream.wait_for(1);
     let began = Instant::now();
     while began.elapsed() < LEASE * 5 / 2 {
+        // Where its owner is, too.
+        fleet.post(0, "k").expect_problem(409, "in_progress");
         fleet.post(1, "k").expect_problem(409, "in_progress");
     }
     gate.open();
