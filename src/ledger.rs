@@ -202,7 +202,11 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
             Ok(slot) => slot,
         };
         let claimed = slot.claimed();
-        let judge = |record| judge(&arrival.policy, arrival.fingerprint, now, record, slot.is_late());
+        let judge = |record: &Arc<Remembered>| {
+            // Who works on a claim here, or watches it, learns when it ends. This copy of it does not see it renewed.
+            let now = if matches!(record.state, State::Claimed { .. }) { Millis(0) } else { now };
+            judge(&arrival.policy, arrival.fingerprint, now, record, slot.is_late())
+        };
         if let Some(answer) = claimed.as_ref().and_then(judge) {
             return Arrived::Answer(answer);
         }

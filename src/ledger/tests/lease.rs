@@ -189,6 +189,28 @@ async fn a_lease_is_renewed_while_its_owner_works_and_looked_at_before_a_byte_is
     assert_eq!(fleet.store.state.lock().unwrap().writes, writes + 1, "nothing is left to renew");
 }
 
+/// The slots hold the claim as it was made, or seen; its lease has been renewed since.
+#[tokio::test]
+async fn duplicates_of_a_renewed_claim_wait_at_both_gateways() {
+    let fleet = fleet();
+    let claim = claimed(&fleet.a).await;
+    let watches = elsewhere(&fleet.b).await;
+    for _ in 0..4 {
+        let before = fleet.entry().unwrap().version;
+        fleet.clock.advance(LEASE_MS / 3);
+        fleet.a.renew_leases();
+        fleet.until("renewed", |fleet| fleet.entry().unwrap().version != before).await;
+    }
+    let waiters = [&fleet.a, &fleet.b].map(|ledger| waiting(ledger, &arriving(1, 1)));
+    assert!(matches!(answered(&fleet.a, &arriving(2, 2)), Answer::KeyReused));
+    let watches = tokio::spawn(watches.settled(soon()));
+    claim.settle(response("one"), None).await.unwrap();
+    for waiter in waiters {
+        assert!(matches!(waiter.settled(soon()).await, Ok(Settlement::Recorded(_))));
+    }
+    assert!(matches!(watches.await.unwrap(), Ok(Settlement::Recorded(_))));
+}
+
 #[tokio::test]
 async fn a_lease_that_somebody_took_for_lapsed_is_lost() {
     let fleet = fleet();
