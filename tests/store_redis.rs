@@ -2,6 +2,8 @@
 //! changes, and what it refuses to work with.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stderr)]
 
+#[path = "store_redis/cost.rs"]
+mod cost;
 #[path = "store_redis/entries.rs"]
 mod entries;
 #[path = "store_redis/failures.rs"]

@@ -10,7 +10,7 @@ async fn strict_takes_a_server_only_that_syncs_each_write_before_it_answers() {
     let server = Server::start(&[]);
     let strict = Options { strict: true, ..options(&server.url()) };
     let mut client = server.client();
-    let mut refused_for = async |name: &str| match error(&strict).await {
+    let refused_for = async |name: &str| match error(&strict).await {
         OpenError::NotStrict { reason, .. } => assert!(reason.contains(name), "{name}: {reason}"),
         other => panic!("{other}"),
     };

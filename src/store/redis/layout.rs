@@ -30,17 +30,19 @@ if ARGV[3]~='' then s=redis.call('SET',KEYS[1],b,'NX','PXAT',ARGV[3]) else s=red
 if not s then return redis.call('GET',KEYS[1]) end \
 if KEYS[2] then redis.pcall('ZADD',KEYS[2],ARGV[4],ARGV[5]) end return v";
 
-/// `KEYS`: the entry, the bucket's set. `ARGV`: the version expected; the new entry, empty to remove; its expiry, or nothing;
-/// whether those who wait are to be told if this ends a claim; the set's score and member, or nothing. Expects tag 2 to be
-/// the tracked one, tag 0 that of claims.
+/// `KEYS`: the entry. `ARGV`: the version expected; the new entry, empty to remove; its expiry, or nothing; whether those who
+/// wait are to be told if this ends a claim; the set's score and member, or nothing. Expects tag 2 to be the tracked one,
+/// tag 0 that of claims. The set is no key of the command's, although it is in the same slot: most writes do not touch it,
+/// and while a slot moves, a node takes no command of which it has but some of the keys.
 const UPDATE: &str = "local h=redis.call('GETRANGE',KEYS[1],0,16) \
 if string.sub(h,1,8)~=ARGV[1] then return redis.call('GET',KEYS[1]) end \
 if ARGV[2]=='' then redis.call('DEL',KEYS[1]) \
 elseif ARGV[3]~='' then redis.call('SET',KEYS[1],ARGV[2],'PXAT',ARGV[3]) \
 else redis.call('SET',KEYS[1],ARGV[2]) end \
 local o=string.byte(h,9) \
-if o==2 then redis.pcall('ZREM',KEYS[2],string.sub(h,10,17)..string.sub(KEYS[1],-32)) end \
-if ARGV[5] then redis.pcall('ZADD',KEYS[2],ARGV[5],ARGV[6]) end \
+if o==2 or ARGV[5] then local z=string.sub(KEYS[1],1,-33)..'unknown' \
+if o==2 then redis.pcall('ZREM',z,string.sub(h,10,17)..string.sub(KEYS[1],-32)) end \
+if ARGV[5] then redis.pcall('ZADD',z,ARGV[5],ARGV[6]) end end \
 if o==0 and ARGV[4]=='1' then redis.pcall('PUBLISH',KEYS[1],'') end return 1";
 
 /// `KEYS`: the setting. `ARGV`: the new value; the expected one, or nothing. The new one in place is as good as written.
@@ -341,9 +343,8 @@ impl Layout {
         now_ms: u64,
     ) {
         let tracked = new.map(|(_, value)| value).filter(|value| value.tag == OLDEST_TRACKED);
-        self.update.call(out, by_text, 2, if tracked.is_some() { 6 } else { 4 });
+        self.update.call(out, by_text, 1, if tracked.is_some() { 6 } else { 4 });
         self.push_key(out, id);
-        out.argument(&self.unknown(bucket_of(id)));
         out.argument(&expected.0.to_be_bytes());
         match new {
             Some((version, value)) => push_entry(out, Some(*version), value),
