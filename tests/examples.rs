@@ -12,7 +12,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 const ADMIN_TOKENS: &str = "operator:0123456789abcdef0123456789abcdef\n";
@@ -253,6 +253,16 @@ fn haproxy_takes_the_balancers_configuration() {
     assert!(output.status.success() && !said.contains("WARNING"), "{said}");
 }
 
+/// A process that ends with its test.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Starts Redis with the very arguments of the example, and asks it how safe it is.
 #[test]
 fn redis_in_the_compose_file_loses_nothing_that_it_has_acknowledged() {
@@ -265,13 +275,14 @@ fn redis_in_the_compose_file_loses_nothing_that_it_has_acknowledged() {
         .args(&command[1..])
         .args(["--port", "0", "--unixsocket", socket.to_str().unwrap(), "--dir", dir.path().to_str().unwrap()])
         .stdout(Stdio::null())
+        .stderr(Stdio::null())
         .spawn();
-    let Ok(mut server) = started else { return skip("redis-server is not installed") };
+    let Ok(mut server) = started.map(Killed) else { return skip("redis-server is not installed") };
     let deadline = Instant::now() + Duration::from_secs(20);
     let stream = loop {
         match UnixStream::connect(&socket) {
             Ok(stream) => break stream,
-            Err(error) => assert!(Instant::now() < deadline && server.try_wait().unwrap().is_none(), "{error}"),
+            Err(error) => assert!(Instant::now() < deadline && server.0.try_wait().unwrap().is_none(), "{error}"),
         }
         std::thread::sleep(Duration::from_millis(5));
     };
@@ -285,8 +296,6 @@ fn redis_in_the_compose_file_loses_nothing_that_it_has_acknowledged() {
         let answer = [next(), next(), next(), next(), next()];
         assert_eq!((answer[2].as_str(), answer[4].as_str()), (setting, value));
     }
-    server.kill().unwrap();
-    server.wait().unwrap();
 }
 
 /// The value in a command that a comment of the file gives.
