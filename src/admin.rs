@@ -31,6 +31,8 @@ use std::time::Duration;
 #[derive(Clone, Debug)]
 pub struct Options {
     pub listen: Address,
+    /// Whether a shared store that cannot be reached makes the gateway unready.
+    pub ready_needs_store: bool,
     /// Who may see and change records; `None`: whoever reaches the address, which is on this machine alone.
     pub tokens: Option<Arc<TokenFile>>,
 }
@@ -50,6 +52,7 @@ pub struct Admin {
     registry: Registry,
     reading: Box<dyn Fn() -> Reading + Send + Sync>,
     draining: AtomicBool,
+    ready_needs_store: bool,
     records: Records,
 }
 
@@ -58,9 +61,11 @@ impl Admin {
     pub(crate) fn new(
         registry: Registry,
         reading: impl Fn() -> Reading + Send + Sync + 'static,
+        ready_needs_store: bool,
         records: Records,
     ) -> Arc<Self> {
-        Arc::new(Self { registry, reading: Box::new(reading), draining: AtomicBool::new(false), records })
+        let draining = AtomicBool::new(false);
+        Arc::new(Self { registry, reading: Box::new(reading), draining, ready_needs_store, records })
     }
 
     /// From now on `/readyz` says 503.
@@ -131,12 +136,15 @@ impl Admin {
     fn readiness(&self) -> Answer {
         let reading = (self.reading)();
         let draining = self.draining.load(Ordering::Acquire);
-        let store = match (reading.store_failed, reading.store_full) {
-            (true, _) => "failed",
-            (false, true) => "full",
-            (false, false) => "ok",
+        let store = match (reading.store_failed, reading.store_full, reading.store_unreachable) {
+            (true, ..) => "failed",
+            (false, true, _) => "full",
+            (false, false, true) => "unreachable",
+            (false, false, false) => "ok",
         };
-        let ready = !draining && store == "ok";
+        // Whoever shares a store loses it together with all others: taking all of them out would end the pass-through, too.
+        let bearable = store == "ok" || store == "unreachable" && !self.ready_needs_store;
+        let ready = !draining && bearable;
         let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
         let body = serde_json::json!({ "ready": ready, "draining": draining, "store": store });
         answer(status, "application/json", format!("{body}\n"))

@@ -1,6 +1,8 @@
 //! The gateway's clock: the wall clock read once at start, monotonic time from then on.
 
 use crate::idempotency::Millis;
+use rustix::time::{ClockId, clock_gettime};
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -12,7 +14,17 @@ pub struct Clock(Kind);
 #[derive(Clone, Debug)]
 enum Kind {
     System { started: Instant, started_ms: u64 },
+    Shared(Shared),
     Mock(Arc<AtomicU64>),
+}
+
+#[derive(Clone)]
+struct Shared(Arc<dyn Fn() -> u64 + Send + Sync>);
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a shared store's")
+    }
 }
 
 impl Clock {
@@ -23,6 +35,12 @@ impl Clock {
         let wall = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
         let started_ms = u64::try_from(wall).unwrap_or(u64::MAX).max(not_before.0);
         Self(Kind::System { started: Instant::now(), started_ms })
+    }
+
+    /// The clock that all who share a store go by, in milliseconds since the Unix epoch.
+    #[must_use]
+    pub fn shared(now_ms: impl Fn() -> u64 + Send + Sync + 'static) -> Self {
+        Self(Kind::Shared(Shared(Arc::new(now_ms))))
     }
 
     /// A clock that stands still until [`Clock::advance`] moves it.
@@ -37,7 +55,22 @@ impl Clock {
             Kind::System { started, started_ms } => {
                 Millis(*started_ms).plus(u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX))
             }
+            Kind::Shared(shared) => Millis(shared.0()),
             Kind::Mock(now) => Millis(now.load(Ordering::Acquire)),
+        }
+    }
+
+    /// Milliseconds since some moment in the past: nobody sets it, and it goes on while the machine sleeps. What a lease is
+    /// counted by.
+    #[must_use]
+    pub fn monotonic_ms(&self) -> u64 {
+        match &self.0 {
+            Kind::Mock(now) => now.load(Ordering::Acquire),
+            Kind::System { .. } | Kind::Shared(_) => {
+                let since_boot = clock_gettime(ClockId::Boottime);
+                let (secs, nanos) = (u64::try_from(since_boot.tv_sec), u64::try_from(since_boot.tv_nsec));
+                secs.unwrap_or(0).saturating_mul(1000).saturating_add(nanos.unwrap_or(0) / 1_000_000)
+            }
         }
     }
 

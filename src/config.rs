@@ -3,10 +3,12 @@
 //! reported at once.
 
 mod auth;
+mod cors;
 mod questions;
 mod reader;
 mod routes;
 mod sections;
+mod shared;
 #[cfg(test)]
 mod tests;
 mod upstream;

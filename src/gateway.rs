@@ -1,7 +1,9 @@
 //! The request pipeline, in path order.
 
+mod arrival;
 mod body;
 pub mod client_cert;
+pub mod cors;
 mod forward;
 pub mod headers;
 pub mod identity;
@@ -23,12 +25,11 @@ pub mod upstream;
 
 use crate::idempotency::fingerprint::Payload;
 use crate::idempotency::{Fingerprint, Millis, Origin};
-use crate::ledger::{Answer, Arrival, Arrived, Budget, ClaimResult, Held, Inquiry, Ledger, Settlement};
+use crate::ledger::{Arrival, Budget, ClaimResult, Inquiry, Ledger};
 use crate::store::{AnyStore, StoreError};
 use crate::telemetry::{Metrics, Outcome, RouteMetrics};
 use bytes::Bytes;
 use client_cert::ClientCert;
-use forward::TaskAnswer;
 use headers::via_names_us;
 use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use http::request::Parts;
@@ -38,8 +39,8 @@ use key::Key;
 use observe::{Model, Observed};
 pub use options::{MissingKey, Mode, OnStoreError, Options, ReplayAuth, RouteOptions};
 use path::{NormalPath, Params, Readings};
-use probe::{Caller, Probes};
-use problem::{Code, Problem};
+use probe::Probes;
+use problem::{Asker, Code, Problem};
 use reply::ReplyBody;
 use scope::Secret;
 use std::net::IpAddr;
@@ -170,48 +171,49 @@ impl Gateway {
 
     /// Answers one request.
     pub async fn handle(self: &Arc<Self>, mut request: Request<Incoming>, peer: &Peer) -> Response<ReplyBody> {
-        let chained = via_names_us(request.headers());
+        let asker =
+            Asker { chained: via_names_us(request.headers()), reader: self.options.cors.reader(request.headers()) };
         if self.give_up.is_cancelled() {
             self.unrouted.count(Outcome::failed);
-            return Problem::draining().into_response(chained);
+            return Problem::draining().answer(&asker);
         }
         let host = &self.options.upstream.authority;
         if let Err(problem) = headers::check(&mut request, host) {
             self.unrouted.count(Outcome::rejected);
-            return problem.into_response(chained);
+            return problem.answer(&asker);
         }
         if request.method() != Method::POST {
-            return self.pass(request, peer, &self.unrouted, chained, None).await;
+            return self.pass(request, peer, &self.unrouted, &asker, None).await;
         }
         let path = NormalPath::new(request.uri().path().as_bytes());
         let Some((route, path, params)) = self.route(path) else {
             if let Some(problem) = self.ambiguous(&request) {
                 self.unrouted.count(Outcome::rejected);
-                return problem.into_response(chained);
+                return problem.answer(&asker);
             }
-            return self.pass(request, peer, &self.unrouted, chained, None).await;
+            return self.pass(request, peer, &self.unrouted, &asker, None).await;
         };
         let route = Arc::clone(route);
         let key = key::parse(request.headers(), &route.options.header);
         if route.options.mode == Mode::Observe {
             let keyless = matches!(key, Ok(None)) && route.options.missing_key == MissingKey::Pass;
             let observed = (!keyless).then(|| Observed::new(self, &route, &request, (path, params), peer, key));
-            return Box::pin(self.pass(request, peer, &route.metrics, chained, observed)).await;
+            return Box::pin(self.pass(request, peer, &route.metrics, &asker, observed)).await;
         }
         let key = match key {
             Ok(key) => key,
             Err(problem) => {
                 route.metrics.count(Outcome::rejected);
-                return problem.into_response(chained);
+                return problem.answer(&asker);
             }
         };
         if key.is_none() && route.options.missing_key == MissingKey::Pass {
-            return self.pass(request, peer, &route.metrics, chained, None).await;
+            return self.pass(request, peer, &route.metrics, &asker, None).await;
         }
         let (parts, body) = request.into_parts();
-        let intercepted = Box::new(Intercepted { parts, route, path, params, key, peer: peer.clone(), chained });
+        let intercepted = Box::new(Intercepted { parts, route, path, params, key, peer: peer.clone() });
         // What this takes is not part of every request that passes through.
-        Box::pin(self.intercept(intercepted, body)).await
+        Box::pin(self.intercept(intercepted, body, &asker)).await
     }
 
     /// The route that a normalised path belongs to: the first that matches, in the order of the configuration.
@@ -237,16 +239,27 @@ impl Gateway {
     }
 
     /// A POST on a route of ours that bears a key, or has to.
-    async fn intercept(self: &Arc<Self>, intercepted: Box<Intercepted>, body: Incoming) -> Response<ReplyBody> {
+    async fn intercept(
+        self: &Arc<Self>,
+        intercepted: Box<Intercepted>,
+        body: Incoming,
+        asker: &Asker,
+    ) -> Response<ReplyBody> {
         let started = Instant::now();
         let route = Arc::clone(&intercepted.route);
-        let chained = intercepted.chained;
         let mut record = None;
         let (response, outcome) = match self.decide(intercepted, body, started, &mut record).await {
-            Ok(counted) => counted,
+            // The upstream's answer to this very request is left as it is.
+            Ok((response, outcome @ (Outcome::forwarded | Outcome::passed))) => (response, outcome),
+            Ok((mut response, outcome)) => {
+                if let Some(reader) = &asker.reader {
+                    reader.admit_to_shared(response.headers_mut());
+                }
+                (response, outcome)
+            }
             Err(problem) => {
                 let outcome = problem.code.result();
-                (problem.into_response(chained), outcome)
+                (problem.answer(asker), outcome)
             }
         };
         route.metrics.count(outcome);
@@ -325,86 +338,6 @@ impl Gateway {
         })
         .await
     }
-
-    /// Replays, waits, refuses or claims, until there is an answer.
-    async fn settle_on(
-        self: &Arc<Self>,
-        arrival: Arrival,
-        mut body: Held,
-        intercepted: Box<Intercepted>,
-        caller: Option<&Caller>,
-    ) -> Result<Counted, Problem> {
-        let deadline = Instant::now() + intercepted.route.options.wait_timeout;
-        let mut waited = false;
-        loop {
-            let waiting = match self.ledger.arrive(&arrival, &mut body) {
-                Arrived::Answer(answer) => return self.show(answer, waited, caller).await,
-                Arrived::Lead(lead) => {
-                    let Ok(permit) = Arc::clone(&self.in_flight).try_acquire_owned() else {
-                        drop(lead);
-                        return match self.ledger.look_up(&arrival).await {
-                            Ok(Some(answer)) => self.show(answer, waited, caller).await,
-                            Ok(None) => Err(Problem::overloaded()),
-                            Err(error) => Err(unavailable(&error)),
-                        };
-                    };
-                    let forward = self.forward(*intercepted, body, permit);
-                    return match forward.start(lead).await {
-                        TaskAnswer::Respond(response, outcome) => Ok((response, outcome)),
-                        TaskAnswer::Problem(problem) => Err(problem),
-                        TaskAnswer::Record(answer) => self.show(answer, waited, caller).await,
-                    };
-                }
-                Arrived::Wait(waiting) => waiting,
-            };
-            waited = true;
-            self.metrics.waiters.inc();
-            let settled = waiting.settled(deadline).await;
-            self.metrics.waiters.dec();
-            match settled {
-                Err(still) => return Err(Problem::in_progress(still.late)),
-                Ok(Settlement::Recorded(record)) => {
-                    if let Some(answer) = self.ledger.answer_from(&arrival, &record) {
-                        return self.show(answer, waited, caller).await;
-                    }
-                }
-                Ok(Settlement::NotExecuted { response, credentials }) if credentials == arrival.credentials => {
-                    return response.respond(Outcome::waited);
-                }
-                Ok(Settlement::Undecided { answer, credentials }) if credentials == arrival.credentials => {
-                    return self.answer(&answer, waited);
-                }
-                Ok(Settlement::NotExecuted { .. } | Settlement::Undecided { .. } | Settlement::Again) => {}
-            }
-        }
-    }
-
-    /// Answers, once it is known that the caller may see what the record holds.
-    async fn show(&self, answer: Answer, waited: bool, caller: Option<&Caller>) -> Result<Counted, Problem> {
-        if let Some(caller) = caller
-            && matches!(answer, Answer::Replay(_) | Answer::BodyNotRecorded { .. })
-            && let Some(refusal) = self.probe(caller).await?
-        {
-            return refusal.respond(Outcome::rejected);
-        }
-        self.answer(&answer, waited)
-    }
-
-    fn answer(&self, answer: &Answer, waited: bool) -> Result<Counted, Problem> {
-        match answer {
-            Answer::Replay(record) => match reply::replay(record, self.ledger.now()) {
-                Some(response) => Ok((response, if waited { Outcome::waited } else { Outcome::replayed })),
-                // It was executed, that much is sure; a record like this cannot be written by this program.
-                None => Err(Problem::body_not_recorded(0, None)),
-            },
-            Answer::KeyReused => Err(Problem::key_reused()),
-            Answer::InProgress { late } => Err(Problem::in_progress(*late)),
-            Answer::OutcomeUnknown => Err(Problem::outcome_unknown()),
-            Answer::BodyNotRecorded { status, location } => {
-                Err(Problem::body_not_recorded(*status, location.as_deref()))
-            }
-        }
-    }
 }
 
 /// A request on its way through the pipeline.
@@ -416,7 +349,6 @@ struct Intercepted {
     /// Taken once the record's id is known.
     key: Option<Key>,
     peer: Peer,
-    chained: bool,
 }
 
 fn derived(key: &str) -> Result<Key, Problem> {

@@ -12,5 +12,5 @@ pub use outcome::OutcomeTable;
 pub use record::{ClaimToken, Fingerprint, Millis, Origin, Record, Recorded, Response, State, Why};
 pub use step::{
     Concurrent, Decision, Event, Evidence, Outcome, Policy, RejectReason, Resolution, Step, UnknownOutcome, Verdict,
-    Write, step,
+    Write, droppable_at, lapsed, step,
 };

@@ -3,14 +3,19 @@
 //! It decides nothing. Every change of a record is a [`step`] whose write has landed in the store by compare-and-swap.
 
 mod budget;
+mod claim;
+mod elsewhere;
 mod hot_cache;
 mod lead;
+mod lease;
 mod listing;
 mod operator;
 mod remembered;
 mod slots;
 
 pub use budget::{Budget, Held, Reservation};
+pub use claim::Claim;
+pub use elsewhere::Elsewhere;
 pub use lead::{Inquiry, Lead};
 pub use listing::Listed;
 pub use operator::{Act, Acted, Refusal, Shown};
@@ -19,16 +24,15 @@ pub use slots::{Credentials, Settlement, StillInProgress, Waiting};
 
 use crate::clock::Clock;
 use crate::idempotency::{
-    ClaimToken, Concurrent, Decision, Event, Fingerprint, Millis, Origin, Outcome, Policy, Record, RejectReason, State,
-    Why, Write, codec, step,
+    ClaimToken, Concurrent, Decision, Event, Fingerprint, Millis, Origin, Policy, Record, RejectReason, State, Write,
+    codec, droppable_at, step,
 };
-use crate::store::{Entry, RecordId, Status, Store, StoreError, Swap, Tag, Urgency, Value, Version};
+use crate::store::{Entry, RecordId, Status, Store, StoreError, Swap, Urgency, Value, Version};
 use crate::telemetry::Metrics;
 use hot_cache::HotCache;
 use slots::{SlotOwner, Slots};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::Instant;
 
 /// `[cache]`.
 #[derive(Clone, Debug)]
@@ -37,14 +41,26 @@ pub struct Options {
     pub cache_max_bytes: u64,
     /// How long a hot entry may be used; `None`: for its retention.
     pub cache_max_age: Option<Duration>,
+    /// How long a claim in a shared store lives without being renewed; `None`: the store is not shared.
+    pub lease: Option<Duration>,
 }
 
 /// How records are tagged in the store.
 pub mod tags {
+    use crate::idempotency::{Record, State};
     use crate::store::Tag;
     pub const CLAIMED: Tag = Tag(0);
     pub const COMPLETED: Tag = Tag(1);
     pub const UNKNOWN: Tag = Tag(2);
+
+    #[must_use]
+    pub fn of(record: &Record) -> Tag {
+        match record.state {
+            State::Claimed { .. } => CLAIMED,
+            State::Completed { .. } => COMPLETED,
+            State::Unknown { .. } => UNKNOWN,
+        }
+    }
 }
 
 /// A keyed request, ready to be decided upon.
@@ -88,6 +104,8 @@ pub enum ClaimResult<S: Store, R: Clone + Send + Sync + 'static> {
     Claimed(Claim<S, R>),
     /// Nobody knows what became of it: ask the upstream.
     LookUp(Inquiry<S, R>),
+    /// Another gateway works on it.
+    Wait(Elsewhere<S, R>),
     Answer(Answer),
 }
 
@@ -184,7 +202,11 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
             Ok(slot) => slot,
         };
         let claimed = slot.claimed();
-        let judge = |record| judge(&arrival.policy, arrival.fingerprint, now, record, slot.is_late());
+        let judge = |record: &Arc<Remembered>| {
+            // Who works on a claim here, or watches it, learns when it ends. This copy of it does not see it renewed.
+            let now = if matches!(record.state, State::Claimed { .. }) { Millis(0) } else { now };
+            judge(&arrival.policy, arrival.fingerprint, now, record, slot.is_late())
+        };
         if let Some(answer) = claimed.as_ref().and_then(judge) {
             return Arrived::Answer(answer);
         }
@@ -227,13 +249,14 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
             self.0.hot.tend();
             match self.0.store.sweep(self.0.clock.now().0).await {
                 Ok(pause) => tokio::time::sleep(pause).await,
+                Err(StoreError::Unavailable { .. }) => tokio::time::sleep(Duration::from_secs(5)).await,
                 Err(error) => return tracing::error!(%error, "expired records are no longer removed"),
             }
         }
     }
 }
 
-impl<S: Store, R> Shared<S, R> {
+impl<S: Store, R: Clone> Shared<S, R> {
     /// The shell's loop: step, then compare-and-swap, until the decision's write has landed. Returns the decision and
     /// what the store then holds.
     async fn apply(
@@ -255,7 +278,7 @@ impl<S: Store, R> Shared<S, R> {
                 }
             };
             let expected = stored.as_ref().map(|(version, _)| *version);
-            let value = new.as_ref().map(to_value);
+            let value = new.as_ref().map(|record| to_value(policy, record));
             match self.store.compare_and_swap(id, expected, value, now.0, urgency).await? {
                 Swap::Done(version) => return Ok((step.decision, new.map(|record| (version, record)))),
                 Swap::Conflict(None) => stored = None,
@@ -306,136 +329,17 @@ fn answer(decision: Decision, record: &Arc<Remembered>, late: bool) -> Option<An
     }
 }
 
-/// A durable claim. It is settled by [`Claim::settle`]; dropped without, it is settled as unknown.
-pub struct Claim<S: Store, R: Clone + Send + Sync + 'static> {
-    held: Option<Box<HeldClaim<S, R>>>,
-    /// The request may have been executed before: an earlier send's outcome is unknown.
-    pub resend: bool,
-}
-
-struct HeldClaim<S, R: Clone> {
-    shared: Arc<Shared<S, R>>,
-    arrival: Arrival,
-    owner: SlotOwner<R>,
-    version: Version,
-    record: Arc<Remembered>,
-}
-
-impl<S: Store, R: Clone + Send + Sync + 'static> Claim<S, R> {
-    /// The first caller gets its 504 now, while the forward goes on.
-    pub fn set_late(&self) {
-        if let Some(held) = &self.held {
-            held.owner.slot().set_late();
-        }
-    }
-
-    /// The header value of the first send.
-    #[must_use]
-    pub fn key_header(&self) -> Option<bytes::Bytes> {
-        self.held.as_ref().map(|held| held.record.origin.key_header.clone())
-    }
-
-    /// Settles the claim durably. `shared_response` is for waiters with the same credentials, if nothing was executed.
-    ///
-    /// # Errors
-    /// The store's: the claim then stays; it becomes unknown, never free.
-    pub async fn settle(mut self, outcome: Outcome, shared_response: Option<R>) -> Result<(), StoreError> {
-        match self.held.take() {
-            Some(held) => held.settle(outcome, shared_response).await,
-            None => Ok(()),
-        }
-    }
-}
-
-impl<S: Store, R: Clone + Send + Sync + 'static> HeldClaim<S, R> {
-    async fn settle(self: Box<Self>, outcome: Outcome, shared_response: Option<R>) -> Result<(), StoreError> {
-        let metrics = &self.shared.metrics;
-        match &outcome {
-            Outcome::Final(_) => metrics.settled_final.inc(),
-            Outcome::NotExecuted(_) => metrics.settled_not_executed.inc(),
-            Outcome::Unknown(_) => metrics.settled_unknown.inc(),
-        };
-        let event = Event::Settle { token: self.record.token, outcome };
-        match self.write(&event).await {
-            Ok(settled) => {
-                self.finish(settled, shared_response);
-                Ok(())
-            }
-            Err(error) => {
-                metrics.settle_failures.inc();
-                tracing::error!(record = %self.arrival.id, %error, "an outcome could not be recorded; the claim stays");
-                // A full disk has refused it without harm: it is recorded once there is room, and waited for until then.
-                if matches!(error, StoreError::Full { .. }) {
-                    tokio::spawn(self.settle_when_there_is_room(event));
-                }
-                Err(error)
-            }
-        }
-    }
-
-    async fn write(&self, event: &Event) -> Result<(Decision, Option<(Version, Record)>), StoreError> {
-        let Self { shared, arrival, version, record, .. } = self;
-        let started = Instant::now();
-        let settled = shared.apply(arrival.id, &arrival.policy, Some((*version, Record::clone(record))), event).await;
-        shared.metrics.settle_seconds.observe(started.elapsed());
-        settled
-    }
-
-    fn finish(self: Box<Self>, settled: (Decision, Option<(Version, Record)>), shared_response: Option<R>) {
-        let Self { shared, arrival, owner, .. } = *self;
-        match settled {
-            (Decision::Settled, Some((_, record))) if matches!(record.state, State::Completed { .. }) => {
-                let record = Remembered::new(record);
-                shared.hot.put(arrival.id, Arc::clone(&record), shared.clock.now());
-                owner.settle(Settlement::Recorded(record));
-            }
-            (Decision::Settled, None) => owner.settle(match shared_response {
-                Some(response) => Settlement::NotExecuted { response, credentials: arrival.credentials },
-                None => Settlement::Again,
-            }),
-            _ => owner.settle(Settlement::Again),
-        }
-    }
-
-    async fn settle_when_there_is_room(self: Box<Self>, event: Event) {
-        loop {
-            tokio::time::sleep(ROOM_CHECK).await;
-            match self.write(&event).await {
-                Err(StoreError::Full { .. }) => {}
-                Ok(settled) => return self.finish(settled, None),
-                // Found at the next start.
-                Err(_) => return,
-            }
-        }
-    }
-}
-
-/// How often an outcome that found no room is tried again.
-const ROOM_CHECK: Duration = Duration::from_millis(200);
-
-impl<S: Store, R: Clone + Send + Sync + 'static> Drop for Claim<S, R> {
-    fn drop(&mut self) {
-        let Some(held) = self.held.take() else { return };
-        tracing::warn!(record = %held.arrival.id, "a claim was abandoned; its outcome is unknown");
-        // Without a runtime (the process is ending) the claim is found at the next start.
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(held.settle(Outcome::Unknown(Why::Abandoned), None));
-        }
-    }
-}
-
 fn damaged(id: RecordId, detail: &str) -> Answer {
     tracing::error!(record = %id, detail, "a record cannot be read; its outcome is unknown");
     Answer::OutcomeUnknown
 }
 
-fn to_value(record: &Record) -> Value {
-    let tag: Tag = match record.state {
-        State::Claimed { .. } => tags::CLAIMED,
-        State::Completed { .. } => tags::COMPLETED,
-        State::Unknown { .. } => tags::UNKNOWN,
-    };
-    Value { tag, expires_at_ms: record.expires_at().map(|at| at.0), bytes: codec::encode(record) }
+fn to_value(policy: &Policy, record: &Record) -> Value {
+    Value {
+        tag: tags::of(record),
+        expires_at_ms: droppable_at(policy, record).map(|at| at.0),
+        bytes: codec::encode(record),
+    }
 }
 
 fn decode(id: RecordId, entry: Entry) -> Option<(Version, Record)> {

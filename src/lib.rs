@@ -13,19 +13,23 @@
 //!                     mode = "observe": what would be done         gateway/observe.rs
 //!             key → scope → body (capped) → fingerprint            gateway/{key,scope,body}.rs, idempotency/fingerprint.rs
 //!                   jwt: part → a token is verified                gateway/jwt.rs, gateway/jwt/*
-//! ledger      hot cache? replay. In flight here? wait.             ledger.rs, ledger/{hot_cache,slots}.rs
-//!             claim in the store: durable before a byte is sent    store.rs, store/*
+//! ledger      hot cache? replay. In flight here? wait.             gateway/arrival.rs, ledger.rs, ledger/{hot_cache,slots}.rs
+//!             claim in the store: durable before a byte is sent    ledger/lead.rs, store.rs, store/*
+//!             In flight at another gateway? watch, wait.           ledger/elsewhere.rs, store/shared/watch.rs
 //!             Unknown? ask the upstream (lookup). May he see it?   gateway/{lookup,probe,question}.rs
 //! gateway     forward in a task of its own, settle, reply          gateway/{forward,upstream,reply,problem}.rs, gateway/upstream/*
+//!             shared store: does the claim still live? → send      ledger/{claim,lease}.rs
 //! ```
 //!
 //! # Code map
 //!
 //! - [`idempotency`]: records, the decision, the outcome table, fingerprints, the record's format. Pure.
 //! - [`store`]: opaque bytes under an id, changed by compare-and-swap. The embedded store is a log, which is the truth, and
-//!   an index that is rebuilt from it at will.
+//!   an index that is rebuilt from it at will. Stores that several gateways share, in Redis or PostgreSQL, tell their own
+//!   time (`store/shared/time.rs`), and word of changes.
 //! - [`ledger`]: the shell of the core: step → compare-and-swap → act, once the write has landed. Slots for keys in flight,
-//!   waiters, the hot cache of completed records, the budget of buffered bytes.
+//!   waiters, the hot cache of completed records, the budget of buffered bytes; in a shared store leases, renewed while
+//!   their owner works, and claims whose answer was lost.
 //! - [`gateway`]: the request pipeline; what the gateway itself answers; the way to the upstream, with an HTTP/1.1 client that
 //!   knows whether a byte of a request was written; bearer tokens verified for `jwt:` scopes, and where the keys come from.
 //! - [`server`]: listeners, TLS, connections, their limits, the drain.
@@ -44,11 +48,11 @@
 //! # Invariants
 //!
 //! 1. Only [`idempotency::step`] decides, recovery and operators included.
-//! 2. Nothing reaches the upstream before its claim is durable.
+//! 2. Nothing reaches the upstream before its claim is durable, or after it may have lapsed.
 //! 3. A final response is durable before the caller sees it, unless the store fails at that moment: then the caller gets
 //!    it, and the claim stays.
 //! 4. A claimed forward lives in its own task; no client can cancel it.
-//! 5. Every claim settles: by its task, by a drop guard (as unknown), or at the next start (as unknown).
+//! 5. Every claim settles: by its task, by a drop guard (as unknown), at the next start, or by its lease (as unknown).
 //! 6. The hot cache holds only completed records, which never change until they are forgotten; evicted never means unseen.
 //!    Only the holder of a key's slot puts into it, so what was forgotten does not come back.
 //! 7. Every queue, body, wait and loop has a configured limit.

@@ -1,4 +1,4 @@
-//! The command line: `serve` (the default), `check`, `key`, `records`.
+//! The command line: `serve` (the default), `check`, `key`, `records`, `store`.
 
 mod command;
 
@@ -32,6 +32,15 @@ enum Command {
     Key(Key),
     /// Look at the records of a running gateway, and settle them by hand
     Records(command::Records),
+    /// Look after a shared store
+    #[command(subcommand)]
+    Store(StoreCommand),
+}
+
+#[derive(Subcommand)]
+enum StoreCommand {
+    /// Create the tables in PostgreSQL, or bring them up to date: for those whose gateways may not (store.migrate = false)
+    Migrate(Check),
 }
 
 #[derive(Args)]
@@ -95,6 +104,7 @@ fn main() -> ExitCode {
         Command::Check(options) => check(&options),
         Command::Key(Key { source }) => key(&source),
         Command::Records(records) => command::run(records),
+        Command::Store(StoreCommand::Migrate(options)) => migrate(&options),
     }
 }
 
@@ -120,6 +130,27 @@ fn check(options: &Check) -> ExitCode {
             // Whoever closed the pipe wanted the exit code alone.
             let _ = writeln!(std::io::stdout(), "{what}: ok");
             ExitCode::SUCCESS
+        }
+    }
+}
+
+fn migrate(options: &Check) -> ExitCode {
+    let config = match load(options.config.as_deref(), &Flags::default()) {
+        Ok((config, _)) => config,
+        Err(code) => return code,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let done = runtime
+        .context("cannot start the runtime")
+        .and_then(|runtime| runtime.block_on(run::migrate(&config)).map_err(anyhow::Error::from));
+    match done {
+        Ok(what) => {
+            let _ = writeln!(std::io::stdout(), "{what}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            complain(&format!("{error:#}"));
+            ExitCode::from(error.downcast_ref::<StartError>().map_or(1, StartError::exit_code))
         }
     }
 }

@@ -93,7 +93,10 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
     let secret = secret(&store).await?;
     note_identity(&store, &identity::of(&config.gateway.routes), accept_new_identity).await?;
     let metrics = Metrics::default();
-    let clock = Clock::system(Millis(store.newest_ms()));
+    let clock = match store.time() {
+        Some(time) => Clock::shared(move || time.now_ms()),
+        None => Clock::system(Millis(store.newest_ms())),
+    };
     let ledger: GatewayLedger = Ledger::new(store, clock, &config.ledger, metrics.clone());
     recover(&ledger, &config).await?;
 
@@ -124,11 +127,15 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
         worker.runtime.spawn(async move { pool.close_idle().await });
     }
     let read = reader(&ledger, gateways.iter().map(|gateway| Arc::clone(gateway.upstream())).collect());
-    let admin = Admin::new(metrics.registry(read.clone()), read, records);
+    let admin = Admin::new(metrics.registry(read.clone()), read, config.admin.ready_needs_store, records);
     let tls = config.server.tls;
     let server = Server::new(workers, gateways, config.server.limits, tls.clone(), metrics);
     let sweeper = ledger.clone();
     tokio::spawn(async move { sweeper.sweep().await });
+    if let Some(lease) = config.ledger.lease {
+        let keeper = ledger.clone();
+        tokio::spawn(async move { keeper.keep_leases(lease).await });
+    }
     if let Some(auth) = auth.clone() {
         tokio::spawn(async move { auth.keep_fresh().await });
     }
@@ -223,12 +230,32 @@ async fn listen(inherited: &mut Inherited, address: &Address) -> Result<Listener
 
 /// A store that is created where one was expected means that every key is new: a volume that is not mounted, say.
 fn warn_of_new_store(store: &AnyStore, options: &store::Options) {
-    if let store::Options::Embedded(embedded) = options
-        && store.status().created
-    {
-        let path = std::path::absolute(&embedded.path).unwrap_or_else(|_| embedded.path.clone());
-        tracing::warn!(path = %path.display(), "a new store was created: all keys are new to it");
+    if !store.status().created {
+        return;
     }
+    match options {
+        store::Options::Memory => {}
+        store::Options::Embedded(embedded) => {
+            let path = std::path::absolute(&embedded.path).unwrap_or_else(|_| embedded.path.clone());
+            tracing::warn!(path = %path.display(), "a new store was created: all keys are new to it");
+        }
+        store::Options::Redis(shared) | store::Options::Postgres(shared) => {
+            let (place, prefix) = (shared.place(), &shared.prefix);
+            tracing::warn!(place, prefix, "a new store was created: all keys are new to it");
+        }
+    }
+}
+
+/// Creates the tables that a shared store needs, or brings them up to date. Says what there was to do.
+///
+/// # Errors
+/// The store's.
+pub async fn migrate(config: &Config) -> Result<String, StartError> {
+    let store::Options::Postgres(options) = &config.store else {
+        return Ok("this engine has no tables: there is nothing to do".to_owned());
+    };
+    store::postgres::migrate(options).await.map_err(|error| StartError::Open(error.into()))?;
+    Ok(format!("the tables at {} are up to date", options.place()))
 }
 
 /// Ready once the process is told to stop, by SIGTERM or SIGINT. The signals are caught from now on.
@@ -352,6 +379,7 @@ fn reader(
             oldest_unknown: oldest.map(|since| Duration::from_millis(ledger.now().since(Millis(since)))),
             store_failed: status.health == Health::Failed,
             store_full: status.health == Health::Full,
+            store_unreachable: status.health == Health::Unreachable,
             store_created: status.created,
             store_queue: status.queue_len,
             store_batches: status.batches,

@@ -5,6 +5,7 @@ mod files;
 mod index;
 pub mod log;
 pub mod memory;
+pub mod postgres;
 pub mod redis;
 pub mod shared;
 
@@ -256,6 +257,8 @@ pub trait Store: Send + Sync + 'static {
 pub enum Options {
     Memory,
     Embedded(embedded::Options),
+    Redis(shared::Options),
+    Postgres(shared::Options),
 }
 
 /// Why the store cannot be used.
@@ -271,6 +274,8 @@ pub enum OpenError {
 pub enum AnyStore {
     Memory(Box<memory::Memory>),
     Embedded(embedded::Embedded),
+    Redis(Box<redis::Redis>),
+    Postgres(Box<postgres::Postgres>),
 }
 
 impl AnyStore {
@@ -282,6 +287,8 @@ impl AnyStore {
         Ok(match options {
             Options::Memory => Self::Memory(Box::default()),
             Options::Embedded(options) => Self::Embedded(embedded::Embedded::open(options)?),
+            Options::Redis(options) => Self::Redis(Box::new(redis::Redis::open(options).await?)),
+            Options::Postgres(options) => Self::Postgres(Box::new(postgres::Postgres::open(options).await?)),
         })
     }
 }
@@ -291,6 +298,8 @@ macro_rules! delegate {
         match $self {
             Self::Memory($store) => $call,
             Self::Embedded($store) => $call,
+            Self::Redis($store) => $call,
+            Self::Postgres($store) => $call,
         }
     };
 }

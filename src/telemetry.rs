@@ -211,7 +211,22 @@ impl Default for Metrics {
     }
 }
 
+/// One that waits, until this is dropped.
+pub(crate) struct Waiter<'a>(&'a Gauge);
+
+impl Drop for Waiter<'_> {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
 impl Metrics {
+    /// Counts one that waits; a client that hangs up ends its wait, too.
+    pub(crate) fn waiter(&self) -> Waiter<'_> {
+        self.waiters.inc();
+        Waiter(&self.waiters)
+    }
+
     /// The counters of one route; `-` is what matches no route.
     #[must_use]
     pub fn route(&self, route: &str) -> RouteMetrics {
@@ -301,6 +316,7 @@ pub struct Reading {
     pub oldest_unknown: Option<Duration>,
     pub store_failed: bool,
     pub store_full: bool,
+    pub store_unreachable: bool,
     pub store_created: bool,
     pub store_queue: u64,
     pub store_batches: u64,
@@ -340,6 +356,7 @@ impl prometheus_client::collector::Collector for Scrape {
             ),
             ("store_failed", "1 once the store has failed for good: restart the gateway", u64::from(r.store_failed)),
             ("store_full", "1 while the disk is too full for new claims", u64::from(r.store_full)),
+            ("store_unreachable", "1 while a shared store cannot be reached", u64::from(r.store_unreachable)),
             ("store_created", "1 if this start created the store", u64::from(r.store_created)),
             ("store_queue", "Operations waiting for the committer", r.store_queue),
             ("store_disk_bytes", "Disk space of the store", r.store_disk_bytes),
@@ -385,14 +402,19 @@ pub enum LogFormat {
 
 /// Sends log lines to standard error; `RUST_LOG` selects them (default `info`). Does nothing if a subscriber is set.
 pub fn init_logging(format: LogFormat) {
-    use tracing_subscriber::{EnvFilter, fmt};
+    use tracing::level_filters::LevelFilter;
+    use tracing_subscriber::filter::Targets;
+    use tracing_subscriber::prelude::*;
+    use tracing_subscriber::{fmt, registry};
     // fjall tells each step of its opening.
-    let default = || EnvFilter::new("info,fjall=warn,lsm_tree=warn");
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| default());
-    let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let quiet = ["fjall", "lsm_tree"].map(|target| (target, LevelFilter::WARN));
+    let default = || Targets::new().with_default(LevelFilter::INFO).with_targets(quiet);
+    let wanted = std::env::var("RUST_LOG").ok().and_then(|wanted| wanted.parse::<Targets>().ok());
+    let log = registry().with(wanted.unwrap_or_else(default));
+    let lines = fmt::layer().with_writer(std::io::stderr).with_target(false);
     let _ = match format {
-        LogFormat::Text => builder.with_ansi(false).try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+        LogFormat::Text => log.with(lines.with_ansi(false)).try_init(),
+        LogFormat::Json => log.with(lines.json().flatten_event(true)).try_init(),
     };
 }
 

@@ -577,7 +577,16 @@ impl Model {
         }
         let resent = new.is_some_and(|new| new.claimed() && new.attempts == old.attempts + 1 && by == By::Arrive);
         let forgotten = by == By::Operate(Hand::Forget) && new.is_none();
-        match old.state {
+        // To all but its holder a claim whose lease is over counts as unknown.
+        let state = match (old.lapsed(), by) {
+            (true, By::Operate(_) | By::LookedUp(Told::Executed(_) | Told::NotExecuted))
+                if !new.is_some_and(|new| matches!(new.state, Is::Unknown { .. })) =>
+            {
+                Is::Unknown { left: UNKNOWN_RETENTION }
+            }
+            _ => old.state,
+        };
+        match state {
             Is::Claimed { .. } => {
                 let given_up =
                     new.is_some_and(|new| matches!(new.state, Is::Unknown { .. }) && new.holder == old.holder);
@@ -1008,7 +1017,8 @@ impl Model {
         let Step { write, decision } = self.step(world.store, hand.event());
         let refused = match world.store.filter(|rec| !rec.expired()).map(|rec| rec.state) {
             None => Some(Decision::NotFound),
-            Some(Is::Claimed { .. }) => Some(Decision::InFlight),
+            Some(Is::Claimed { lease }) if lease != Some(0) => Some(Decision::InFlight),
+            Some(Is::Claimed { .. }) => None,
             Some(Is::Completed { .. }) if hand != Hand::Forget => Some(Decision::NotUnknown),
             Some(Is::Completed { .. } | Is::Unknown { .. }) => None,
         };

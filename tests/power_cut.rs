@@ -40,7 +40,7 @@ fn tuning() -> Tuning {
     }
 }
 
-fn open(path: &Path, engine: Engine, durability: Durability) -> Result<Embedded, oncegate::store::OpenError> {
+fn open(path: &Path, engine: Engine, durability: Durability) -> Result<Embedded, oncegate::store::embedded::OpenError> {
     let options = Options { path: path.to_owned(), engine, create: true, min_free_bytes: 1 << 20, durability };
     Embedded::open_tuned(&options, tuning())
 }

@@ -3,6 +3,8 @@
 
 #[path = "store_conformance/listing.rs"]
 mod listing;
+#[path = "store_conformance/postgres.rs"]
+mod postgres;
 #[path = "store_conformance/redis.rs"]
 mod redis;
 #[path = "servers/redis.rs"]

@@ -22,6 +22,8 @@ pub enum Kind {
     /// nginx that keeps answers to `POST` by tenant, path and key in its cache: on disk, but lost with the machine.
     NginxCache,
     Haproxy,
+    /// The closest product: records in Redis, for as long as a request may take.
+    IdempotentProxy,
     Oncegate(&'static Gateway),
 }
 
@@ -40,11 +42,13 @@ impl Kind {
             let name = if engine == "sled" { build.to_owned() } else { format!("{build}-{engine}") };
             Self::Oncegate(Box::leak(Box::new(Gateway { name, engine, binary: binary.to_owned() })))
         };
-        ["sled", "fjall", "memory"].map(kind).to_vec()
+        ["sled", "fjall", "memory", REDIS].map(kind).to_vec()
     }
 }
 
-pub const PEERS: [Kind; 4] = [Kind::Direct, Kind::Nginx, Kind::NginxCache, Kind::Haproxy];
+pub const PEERS: [Kind; 5] = [Kind::Direct, Kind::Nginx, Kind::NginxCache, Kind::Haproxy, Kind::IdempotentProxy];
+/// The engine that needs a server beside it.
+pub const REDIS: &str = "redis";
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -53,6 +57,7 @@ impl fmt::Display for Kind {
             Self::Nginx => "nginx",
             Self::NginxCache => "nginx-cache",
             Self::Haproxy => "haproxy",
+            Self::IdempotentProxy => "idempotent-proxy",
             Self::Oncegate(gateway) => &gateway.name,
         })
     }
@@ -60,7 +65,7 @@ impl fmt::Display for Kind {
 
 impl Kind {
     pub fn keeps_records(self) -> bool {
-        matches!(self, Self::NginxCache | Self::Oncegate(_))
+        matches!(self, Self::NginxCache | Self::IdempotentProxy | Self::Oncegate(_))
     }
 
     /// Its version, or why it cannot take part.
@@ -68,7 +73,17 @@ impl Kind {
         let (program, argument) = match self {
             Self::Direct | Self::Nginx | Self::NginxCache => ("nginx", "-v"),
             Self::Haproxy => ("haproxy", "-v"),
+            Self::IdempotentProxy => {
+                // It tells no version: asked for one it wants its settings.
+                let found = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())
+                    .any(|dir| dir.join(IDEMPOTENT_PROXY).is_file());
+                let installed = found.then(|| IDEMPOTENT_PROXY.to_owned());
+                return installed.with_context(|| format!("{IDEMPOTENT_PROXY} is not installed"));
+            }
             Self::Oncegate(gateway) => {
+                if gateway.engine == REDIS {
+                    first_line(REDIS_SERVER, "--version")?;
+                }
                 let version = first_line(&gateway.binary.to_string_lossy(), "--version")?;
                 return Ok(format!("{}: {version}", gateway.name));
             }
@@ -76,6 +91,9 @@ impl Kind {
         first_line(program, argument)
     }
 }
+
+const IDEMPOTENT_PROXY: &str = "idempotent-proxy-server";
+const REDIS_SERVER: &str = "redis-server";
 
 /// The first line that a program says, on either stream.
 pub fn first_line(program: &str, argument: &str) -> Result<String> {
@@ -124,6 +142,45 @@ pub struct Contestant {
     pub address: SocketAddr,
     stderr: PathBuf,
     child: Child,
+    /// Whose costs are its own, too; ended after it.
+    redis: Option<Redis>,
+}
+
+/// A server that flushes every write before it answers.
+struct Redis {
+    child: Child,
+    address: SocketAddr,
+}
+
+impl Redis {
+    fn start(setting: &Setting<'_>, dir: &Path) -> Result<Self> {
+        fs::create_dir_all(dir)?;
+        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let mut command = command(REDIS_SERVER);
+        command.args(["--port", &address.port().to_string(), "--bind", "127.0.0.1", "--save", "", "--dir"]).arg(dir);
+        command.args(["--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction"]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        measure::pin(setting.cores.proxy)?;
+        let child = command.spawn();
+        measure::pin(setting.cores.ends)?;
+        let mut redis = Self { child: child.context(REDIS_SERVER)?, address };
+        let deadline = Instant::now() + PATIENCE;
+        while TcpStream::connect(address).is_err() {
+            if redis.child.try_wait()?.is_some() || Instant::now() > deadline {
+                bail!("{REDIS_SERVER} does not listen");
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(redis)
+    }
+}
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        let _ =
+            rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), rustix::process::Signal::TERM);
+        let _ = self.child.wait();
+    }
 }
 
 impl Contestant {
@@ -134,9 +191,11 @@ impl Contestant {
         fs::write(&cert, &setting.certificate.cert)?;
         fs::write(&key, &setting.certificate.key)?;
         fs::write(both, format!("{}{}", setting.certificate.cert, setting.certificate.key))?;
+        let redis = workload.redis.then(|| Redis::start(setting, &dir.join(REDIS))).transpose()?;
         let free = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let mut command = match kind {
-            Kind::Oncegate(gateway) => oncegate(gateway, workload, setting, dir)?,
+            Kind::Oncegate(gateway) => oncegate(gateway, workload, redis.as_ref(), setting, dir)?,
+            Kind::IdempotentProxy => idempotent_proxy(free, workload, redis.as_ref(), setting, dir)?,
             Kind::Haproxy => haproxy(free, workload.front, setting, dir)?,
             Kind::Direct | Kind::Nginx | Kind::NginxCache => nginx(kind, free, workload.front, setting, dir)?,
         };
@@ -151,7 +210,7 @@ impl Contestant {
         let child = command.spawn();
         measure::pin(setting.cores.ends)?;
         let child = child.with_context(|| format!("{kind}"))?;
-        let mut contestant = Self { kind, address: free, stderr, child };
+        let mut contestant = Self { kind, address: free, stderr, child, redis };
         contestant.await_listening()?;
         Ok(contestant)
     }
@@ -183,7 +242,8 @@ impl Contestant {
     }
 
     pub fn tree(&self) -> Result<Tree> {
-        Ok(Tree::of(self.child.id())?)
+        let redis = self.redis.as_ref().map(|redis| redis.child.id());
+        Ok(Tree::of_all([self.child.id()].into_iter().chain(redis))?)
     }
 
     /// Ends it in good order, and waits.
@@ -208,7 +268,7 @@ impl Drop for Contestant {
     fn drop(&mut self) {
         if self.stop().is_err() {
             // Its workers would outlive it.
-            let tree = Tree::of(self.child.id());
+            let tree = Tree::of_all([self.child.id()]);
             let pids = tree.iter().flat_map(|tree| tree.pids()).filter_map(|&pid| i32::try_from(pid).ok());
             for pid in pids.filter_map(rustix::process::Pid::from_raw) {
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
@@ -235,7 +295,32 @@ fn listening(log: &str, role: &str) -> Option<SocketAddr> {
     })
 }
 
-fn oncegate(gateway: &Gateway, workload: &Workload, setting: &Setting<'_>, dir: &Path) -> Result<Command> {
+fn idempotent_proxy(
+    listen: SocketAddr,
+    workload: &Workload,
+    redis: Option<&Redis>,
+    setting: &Setting<'_>,
+    dir: &Path,
+) -> Result<Command> {
+    // It insists on that file, and forwards what is sent to a path of this form alone.
+    fs::write(dir.join(".env"), "")?;
+    let name = workload.target.trim_start_matches('/');
+    let mut command = command(IDEMPOTENT_PROXY);
+    command.current_dir(dir).env("SERVER_ADDR", listen.to_string()).env("LOG_LEVEL", "error");
+    command.env(name, format!("http://{}/posts", setting.upstream)).env("REQUEST_TIMEOUT", "3600000");
+    if let Some(redis) = redis {
+        command.env("REDIS_URL", format!("redis://{}", redis.address));
+    }
+    Ok(command)
+}
+
+fn oncegate(
+    gateway: &Gateway,
+    workload: &Workload,
+    redis: Option<&Redis>,
+    setting: &Setting<'_>,
+    dir: &Path,
+) -> Result<Command> {
     let (file, data) = (dir.join("oncegate.toml"), dir.join("data"));
     let mut text = format!(
         "server.listen = \"127.0.0.1:0\"\nserver.workers = 1\nadmin.listen = \"127.0.0.1:0\"\nupstream.url = \"http://{}\"\n\
@@ -251,7 +336,13 @@ fn oncegate(gateway: &Gateway, workload: &Workload, setting: &Setting<'_>, dir: 
         let (cert, key) = (dir.join("cert.pem").display().to_string(), dir.join("key.pem").display().to_string());
         text += &format!("server.tls.cert = {cert:?}\nserver.tls.key = {key:?}\n");
     }
+    if let Some(redis) = redis {
+        text += &format!("store.url = \"redis://{}/0\"\n", redis.address);
+    }
     text += setting.gateway;
+    if workload.redis {
+        text += &format!("\n[[routes]]\npath = {:?}\n", workload.target);
+    }
     fs::write(&file, text)?;
     let mut command = Command::new(&gateway.binary);
     // As the others it writes no line per request: only that it listens, and what goes wrong.

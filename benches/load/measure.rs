@@ -56,7 +56,7 @@ pub struct Usage {
 pub struct Tree(Vec<u32>);
 
 impl Tree {
-    pub fn of(root: u32) -> Result<Self> {
+    pub fn of_all(roots: impl IntoIterator<Item = u32>) -> Result<Self> {
         let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
         for entry in fs::read_dir("/proc")? {
             let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
@@ -65,7 +65,7 @@ impl Tree {
                 children.entry(parent).or_default().push(pid);
             }
         }
-        let (mut tree, mut at) = (vec![root], 0);
+        let (mut tree, mut at) = (roots.into_iter().collect::<Vec<_>>(), 0);
         while at < tree.len() {
             tree.extend(children.remove(&tree[at]).unwrap_or_default());
             at += 1;

@@ -1,6 +1,7 @@
 //! What is asked of the proxies.
 
-use crate::contestants::Kind::{self, Direct, Haproxy, Nginx, NginxCache};
+use crate::contestants::Kind::{self, Direct, Haproxy, IdempotentProxy, Nginx, NginxCache};
+use crate::contestants::REDIS;
 use crate::ends::Source;
 use crate::http::json;
 use std::io::Write;
@@ -62,6 +63,8 @@ pub struct Workload {
     /// Without a hot cache, and started anew after the records were made.
     pub from_store: bool,
     pub rate: Rate,
+    /// Records are kept in a Redis of each contestant's own, whose costs are its own, too.
+    pub redis: bool,
     /// Takes one in so many of the usual number of requests.
     pub share: usize,
     /// Who can do it, beside the gateway; the first is what the others are compared with.
@@ -78,6 +81,7 @@ const PASS: Workload = Workload {
     keys: Keys::None,
     from_store: false,
     rate: Rate::Full,
+    redis: false,
     share: 1,
     peers: &[Nginx, Haproxy, Direct],
 };
@@ -175,7 +179,26 @@ pub const WORKLOADS: &[Workload] = &[
         peers: &[NginxCache, Nginx],
         ..FRESH
     },
+    FRESH_REDIS,
+    Workload {
+        name: "replay-redis",
+        meaning: "POST of 1 KiB whose key is recorded there, no hot cache",
+        keys: Keys::Recorded(10_000),
+        from_store: true,
+        ..FRESH_REDIS
+    },
 ];
+
+const FRESH_REDIS: Workload = Workload {
+    name: "fresh-redis",
+    meaning: "POST of 1 KiB with a new key, recorded in a Redis that flushes every write; with the costs of Redis",
+    // The form that the peer wants.
+    target: "/URL_POSTS",
+    redis: true,
+    share: 2,
+    peers: &[IdempotentProxy],
+    ..FRESH
+};
 
 impl Workload {
     pub fn reference(&self) -> Kind {
@@ -184,7 +207,8 @@ impl Workload {
 
     /// Those who take part, the reference first.
     pub fn contestants(&self, gateways: &[Kind]) -> Vec<Kind> {
-        [self.peers, gateways].concat()
+        let engine = |kind: &Kind| matches!(kind, Kind::Oncegate(gateway) if (gateway.engine == REDIS) == self.redis);
+        self.peers.iter().chain(gateways.iter().filter(|kind| engine(kind))).copied().collect()
     }
 
     /// How many of `requests` requests must reach the upstream through a proxy that keeps records.

@@ -83,7 +83,7 @@ fn decode(text: &str) -> Option<String> {
 /// Which records, and how many.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Query {
-    pub(super) tag: Option<Tag>,
+    state: Option<Tag>,
     pub(super) after: u64,
     pub(super) limit: usize,
     filter: Filter,
@@ -104,7 +104,7 @@ impl Query {
     pub(super) fn parse(query: Option<&str>, now: Millis) -> Result<Self, Problem> {
         let mut parameters = Parameters::parse(query)?;
         let p = &mut parameters;
-        let tag = p.read("state", "claimed, completed or unknown", |text| match text {
+        let state = p.read("state", "claimed, completed or unknown", |text| match text {
             "claimed" => Some(tags::CLAIMED),
             "completed" => Some(tags::COMPLETED),
             "unknown" => Some(tags::UNKNOWN),
@@ -125,10 +125,18 @@ impl Query {
             key: p.take("key"),
         };
         parameters.finish("state, route, status, since, until, key, limit, after")?;
-        Ok(Self { tag, after, limit, filter })
+        Ok(Self { state, after, limit, filter })
+    }
+
+    /// Which entries of the store to look at. In a shared one a claim may count as unknown already.
+    pub(super) fn tag(&self, shared: bool) -> Option<Tag> {
+        self.state.filter(|tag| !shared || *tag == tags::COMPLETED)
     }
 
     pub(super) fn wants(&self, record: &Record) -> bool {
+        if self.state.is_some_and(|tag| tag != tags::of(record)) {
+            return false;
+        }
         let Filter { route, status: wanted, since, until, key } = &self.filter;
         let time = settled_at(record).unwrap_or(record.origin.claimed_at);
         route.as_ref().is_none_or(|route| record.origin.route == route.as_bytes())
@@ -167,8 +175,8 @@ mod tests {
             until: Some(Millis(60_000)),
             key: Some("a b+%".to_owned()),
         };
-        assert_eq!(parse(query).unwrap(), Query { tag: Some(tags::UNKNOWN), after: 12, limit: 7, filter });
-        let all = Query { tag: None, after: 0, limit: 100, filter: Filter::default() };
+        assert_eq!(parse(query).unwrap(), Query { state: Some(tags::UNKNOWN), after: 12, limit: 7, filter });
+        let all = Query { state: None, after: 0, limit: 100, filter: Filter::default() };
         assert_eq!(Query::parse(None, Millis(0)).unwrap(), all);
         assert_eq!(parse("&").unwrap(), all);
     }

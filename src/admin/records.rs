@@ -104,15 +104,25 @@ impl Records {
 
     async fn list(&self, head: &Parts) -> Result<Value, Problem> {
         let query = Query::parse(head.uri.query(), self.ledger.now())?;
-        let listed = self.ledger.list(query.tag, query.after, query.limit, |record| query.wants(record)).await;
+        let shared = self.rules.iter().any(|rules| rules.policy.lease_ms.is_some());
+        let (tag, policy) = (query.tag(shared), |record: &Record| self.policy(record));
+        let listed = self.ledger.list(tag, query.after, query.limit, policy, |record| query.wants(record)).await;
         let listed = listed.map_err(|error| unavailable(&error.to_string()))?;
         let records = listed.records.iter().map(document::of).collect::<Vec<_>>();
         Ok(json!({ "records": records, "next": listed.next.map(|next| next.to_string()) }))
     }
 
+    fn policy(&self, record: &Record) -> Policy {
+        of_route(&self.rules, record).map_or_else(Policy::default, |rules| rules.policy)
+    }
+
     async fn show(&self, id: RecordId, head: &Parts) -> Result<Value, Problem> {
         Parameters::parse(head.uri.query())?.finish("none")?;
-        let shown = self.ledger.show(id).await.map_err(|error: StoreError| unavailable(&error.to_string()))?;
+        let shown = self
+            .ledger
+            .show(id, |record| self.policy(record))
+            .await
+            .map_err(|error: StoreError| unavailable(&error.to_string()))?;
         shown.as_ref().map(document::of).ok_or_else(Problem::not_found)
     }
 
@@ -178,9 +188,7 @@ impl Records {
     ) -> Result<Value, Problem> {
         let rules = Arc::clone(&self.rules);
         let decide = move |record: &Record| {
-            // A route that is configured no more leaves its records to the first one's rules.
-            let of_route = rules.iter().find(|rules| rules.pattern.as_bytes() == record.origin.route).or(rules.first());
-            let rules = of_route.cloned().unwrap_or_else(RouteRules::unconfigured);
+            let rules = of_route(&rules, record).cloned().unwrap_or_else(RouteRules::unconfigured);
             event(&rules).map(|event| (rules.policy, event))
         };
         let acted = self.ledger.act(Act { id, if_version, who, decide: Box::new(decide) }).await;
@@ -191,6 +199,11 @@ impl Records {
             "after": after.as_ref().map(document::of),
         }))
     }
+}
+
+/// A route that is configured no more leaves its records to the first one's rules.
+fn of_route<'a>(rules: &'a [RouteRules], record: &Record) -> Option<&'a RouteRules> {
+    rules.iter().find(|rules| rules.pattern.as_bytes() == record.origin.route).or(rules.first())
 }
 
 fn parse_id(text: &str) -> Option<RecordId> {

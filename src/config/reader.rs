@@ -201,13 +201,6 @@ impl<'e> Section<'e> {
         self.errors.add(at, &key, message);
     }
 
-    /// A key whose part does not exist yet.
-    pub(super) fn not_built(&mut self, key: &'static str) {
-        if let Some(node) = self.take(key) {
-            self.add(&node.at, key, "is not built yet in this version; remove it");
-        }
-    }
-
     /// Reads a key with `parse`, which says what would be right.
     pub(super) fn read<T>(&mut self, key: &'static str, parse: impl Fn(&Value) -> Result<T, String>) -> Option<T> {
         let node = self.take(key)?;

@@ -2,16 +2,16 @@
 
 use super::Config;
 use super::auth::Auth;
-use super::reader::{At, Errors, Node, Section, Value, boolean, choice, count, duration, size, string};
+use super::reader::{At, Errors, Node, Section, Value, boolean, count, duration, size, string};
 use super::routes::{self, Absent};
-use super::upstream;
+use super::{cors, shared, upstream};
 use crate::admin::TokenFile;
-use crate::gateway::{self, tunnel};
+use crate::gateway::cors::AllowOrigins;
+use crate::gateway::{self, RouteOptions, tunnel};
 use crate::pem::FileError;
 use crate::server::tls::{self, Tls};
 use crate::server::{Address, Limits};
-use crate::store::embedded::Durability;
-use crate::{admin, ledger, server, store};
+use crate::{admin, ledger, server};
 use ipnet::IpNet;
 use std::net::{IpAddr, SocketAddrV6};
 use std::path::PathBuf;
@@ -56,17 +56,27 @@ pub(super) fn resolve(root: Node, errors: &mut Errors) -> Option<Config> {
     let wait = upstream.as_ref().map_or(Duration::ZERO, |up| up.response_timeout + up.late_window);
     let routes = routes::resolve(routes_node, idempotency_node, absent, wait, errors);
     let auth = auth.resolve(&routes, errors.count() == before, errors);
-    let ledger = cache_section(cache_node, errors);
-    let store = store_section(store_node, errors);
+    let store = shared::resolve(store_node, errors);
+    let ledger = cache_section(cache_node, store.lease, errors);
+    let routes = with_lease(routes, store.lease);
     let (admin, admin_at) = admin_section(admin_node, errors);
     contradictions((&server.listen, &client.listen_at), (&admin.listen, &admin_at), errors);
-    let Client { trusted_proxies, max_body, max_buffered, body_timeout, .. } = client;
+    let Client { trusted_proxies, cors, max_body, max_buffered, body_timeout, .. } = client;
     let limits = &server.limits;
     let tunnels = tunnel::Limits { write_timeout: limits.write_timeout, half_closed_timeout: limits.idle_timeout };
     let upstream = upstream?;
-    let gateway =
-        gateway::Options { routes, trusted_proxies, max_body, max_buffered, body_timeout, tunnels, upstream, auth };
-    Some(Config { server, gateway, ledger, store, admin })
+    let gateway = gateway::Options {
+        routes,
+        trusted_proxies,
+        cors,
+        max_body,
+        max_buffered,
+        body_timeout,
+        tunnels,
+        upstream,
+        auth,
+    };
+    Some(Config { server, gateway, ledger, store: store.options, admin })
 }
 
 /// Addresses that cannot stand together. A default is never to blame: the key that was written is.
@@ -109,6 +119,7 @@ fn overlap(one: &Address, other: &Address) -> bool {
 struct Client {
     listen_at: At,
     trusted_proxies: Vec<IpNet>,
+    cors: AllowOrigins,
     absent: Absent,
     max_body: usize,
     max_buffered: usize,
@@ -135,7 +146,8 @@ fn server_section(node: Option<Node>, errors: &mut Errors) -> (server::Options, 
     let has_certs = tls.as_ref().is_some_and(|tls| tls.asks_for_certificates())
         && listen.iter().any(|address| matches!(address, Address::Tcp(_)));
     let no_client_certs = !has_certs && section.errors.count() == before;
-    section.not_built("cors");
+    let cors_node = section.take("cors");
+    let cors = cors::resolve(cors_node, section.errors);
     let limits_node = section.take("limits");
     section.finish();
 
@@ -164,6 +176,7 @@ fn server_section(node: Option<Node>, errors: &mut Errors) -> (server::Options, 
     let client = Client {
         listen_at,
         trusted_proxies,
+        cors,
         absent: Absent { trusted_proxies: no_trusted_proxies, client_certs: no_client_certs, token_keys: true },
         max_body: to_usize(max_body),
         max_buffered: to_usize(max_buffered),
@@ -249,62 +262,20 @@ fn network(value: &Value) -> Result<IpNet, String> {
     network.ok_or_else(|| format!("{text:?} is neither an address nor a network such as \"10.0.0.0/8\""))
 }
 
-fn cache_section(node: Option<Node>, errors: &mut Errors) -> ledger::Options {
+/// Claims in a shared store live by leases, whatever their route.
+fn with_lease(mut routes: Vec<RouteOptions>, lease: Option<Duration>) -> Vec<RouteOptions> {
+    let lease_ms = lease.map(|lease| u64::try_from(lease.as_millis()).unwrap_or(u64::MAX));
+    routes.iter_mut().for_each(|route| route.policy.lease_ms = lease_ms);
+    routes
+}
+
+fn cache_section(node: Option<Node>, lease: Option<Duration>, errors: &mut Errors) -> ledger::Options {
     let mut section = Section::new("cache", node, errors);
     let cache_max_bytes = section.read("max_bytes", size(0)).unwrap_or(64 * MIB);
-    let cache_max_age = section.read("max_age", duration(TICK));
+    // An operator's act at another gateway is not heard of here.
+    let cache_max_age = section.read("max_age", duration(TICK)).or(lease.map(|_| seconds(60)));
     section.finish();
-    ledger::Options { cache_max_bytes, cache_max_age }
-}
-
-#[derive(Clone, Copy)]
-enum Engine {
-    Embedded(store::embedded::Engine),
-    Memory,
-    NotBuilt,
-}
-
-fn store_section(node: Option<Node>, errors: &mut Errors) -> store::Options {
-    use store::embedded::Engine::{Fjall, Sled};
-    let mut section = Section::new("store", node, errors);
-    let engines = [
-        ("sled", Engine::Embedded(Sled)),
-        ("fjall", Engine::Embedded(Fjall)),
-        ("memory", Engine::Memory),
-        ("redis", Engine::NotBuilt),
-        ("postgres", Engine::NotBuilt),
-    ];
-    let engine = section.read("engine", |value| match choice(&engines)(value)? {
-        Engine::NotBuilt => {
-            Err("this engine is not built yet in this version; use \"sled\", \"fjall\" or \"memory\"".to_owned())
-        }
-        engine => Ok(engine),
-    });
-    let path = section.read("path", file);
-    let create = section.read("create", boolean).unwrap_or(true);
-    let min_free_bytes = section.read("min_free", size(0)).unwrap_or(64 * MIB);
-    let durabilities = [("strict", Durability::Strict), ("relaxed", Durability::Relaxed)];
-    let durability = section.read("durability", choice(&durabilities)).unwrap_or(Durability::Strict);
-    // Of shared stores alone; an embedded one's claims live as long as their gateway. Its default may stand in a file.
-    let default = seconds(30);
-    section.read("lease", |value| match duration(TICK)(value)? {
-        lease if lease == default => Ok(()),
-        _ => Err("applies to shared stores, which are not built yet in this version; remove it".to_owned()),
-    });
-    section.not_built("url");
-    section.finish();
-    let engine = match engine.unwrap_or(Engine::Embedded(Sled)) {
-        Engine::Memory => return store::Options::Memory,
-        Engine::Embedded(engine) => engine,
-        Engine::NotBuilt => Sled,
-    };
-    store::Options::Embedded(store::embedded::Options {
-        engine,
-        path: path.unwrap_or_else(|| PathBuf::from("data")),
-        create,
-        min_free_bytes,
-        durability,
-    })
+    ledger::Options { cache_max_bytes, cache_max_age, lease }
 }
 
 /// Also says where its address was written. Reads the file of tokens.
@@ -312,17 +283,14 @@ fn admin_section(node: Option<Node>, errors: &mut Errors) -> (admin::Options, At
     let mut section = Section::new("admin", node, errors);
     let at = section.at("listen");
     let listen = section.read("listen", address).unwrap_or_else(|| Address::Tcp("127.0.0.1:9090".to_owned()));
-    section.read("ready_needs_store", |value| match boolean(value)? {
-        false => Ok(()),
-        true => Err("applies to shared stores, which are not built yet in this version; remove it".to_owned()),
-    });
+    let ready_needs_store = section.read("ready_needs_store", boolean).unwrap_or(false);
     let token_file_at = section.at("token_file");
     let token_file = section.read("token_file", file);
     let tokens = token_file.and_then(|path| {
         let failed = |error: &String| section.add(&token_file_at, "token_file", error);
         TokenFile::load(path).inspect_err(failed).ok().map(Arc::new)
     });
-    let options = admin::Options { listen, tokens };
+    let options = admin::Options { listen, ready_needs_store, tokens };
     if token_file_at == At::Nowhere && options.is_exposed_at(&options.listen) {
         let message =
             "is open to other machines, and so would be the records: write admin.token_file, or listen on loopback";

@@ -13,7 +13,7 @@ use super::{
 use crate::fault;
 use crate::idempotency::outcome::Class;
 use crate::idempotency::{Evidence, Outcome, Recorded, Why};
-use crate::ledger::{Answer, Claim, ClaimResult, Held, Lead, Reservation};
+use crate::ledger::{Answer, Claim, ClaimResult, Elsewhere, Held, Lead, Reservation};
 use crate::store::{AnyStore, StoreError};
 use crate::telemetry::Outcome as Result_;
 use bytes::Bytes;
@@ -33,6 +33,8 @@ pub(super) enum TaskAnswer {
     Problem(Problem),
     /// The store had a record already.
     Record(Answer),
+    /// Another gateway works on the key. The forward was not begun: it may yet be.
+    Elsewhere(Box<Forward>, Elsewhere<AnyStore, SharedResponse>),
 }
 
 /// A response that is no record: waiters with the same credentials may share it.
@@ -73,17 +75,13 @@ pub(super) struct Forward {
     pub(super) asked: Option<(NormalPath, Params)>,
     /// Let go once the caller has got its 504: the request has been written by then.
     body: Option<Held>,
-    _permit: OwnedSemaphorePermit,
+    /// One of those that are under way at a time.
+    permit: Option<OwnedSemaphorePermit>,
     reply: Option<oneshot::Sender<TaskAnswer>>,
 }
 
 impl Gateway {
-    pub(super) fn forward(
-        self: &Arc<Self>,
-        intercepted: Intercepted,
-        body: Held,
-        permit: OwnedSemaphorePermit,
-    ) -> Box<Forward> {
+    pub(super) fn forward(self: &Arc<Self>, intercepted: Intercepted, body: &Held) -> Box<Forward> {
         let Intercepted { mut parts, route, path, params, peer, .. } = intercepted;
         headers::prepare_request(&mut parts.headers, parts.version, &peer);
         self.set_host(&mut parts.headers);
@@ -93,7 +91,7 @@ impl Gateway {
         parts.extensions.clear();
         let gateway = Arc::clone(self);
         let asked = route.options.lookup.is_some().then_some((path, params));
-        Box::new(Forward { gateway, route, parts, asked, body: Some(body), _permit: permit, reply: None })
+        Box::new(Forward { gateway, route, parts, asked, body: None, permit: None, reply: None })
     }
 }
 
@@ -118,9 +116,14 @@ pub(super) struct Large {
 
 impl Forward {
     /// Runs the forward in a task of its own and waits for what it has to say.
-    pub(super) async fn start(mut self: Box<Self>, lead: Lead_) -> TaskAnswer {
+    pub(super) async fn start(
+        mut self: Box<Self>,
+        lead: Lead_,
+        body: Held,
+        permit: OwnedSemaphorePermit,
+    ) -> TaskAnswer {
         let (reply, answer) = oneshot::channel();
-        self.reply = Some(reply);
+        (self.reply, self.body, self.permit) = (Some(reply), Some(body), Some(permit));
         let gateway = Arc::clone(&self.gateway);
         gateway.claims.spawn(self.run(lead));
         answer.await.unwrap_or_else(|_| TaskAnswer::Problem(Problem::upstream_broken("proxy_internal_error")))
@@ -143,6 +146,13 @@ impl Forward {
         }
         let claim = match result {
             Ok(ClaimResult::Claimed(claim)) => claim,
+            Ok(ClaimResult::Wait(elsewhere)) => {
+                (self.body, self.permit) = (None, None);
+                if let Some(reply) = self.reply.take() {
+                    let _ = reply.send(TaskAnswer::Elsewhere(self, elsewhere));
+                }
+                return;
+            }
             // One question for each arrival.
             Ok(ClaimResult::LookUp(_)) => return self.tell(TaskAnswer::Problem(Problem::in_progress(false))),
             Ok(ClaimResult::Answer(answer)) => return self.tell(TaskAnswer::Record(answer)),
@@ -183,6 +193,14 @@ impl Forward {
             Exchange::Failed(error) => {
                 let problem = send_problem(&error);
                 match error {
+                    SendError::Withheld => {
+                        tracing::warn!(
+                            route = self.route.options.pattern.as_str(),
+                            "a claim could not be kept alive; its request was not sent"
+                        );
+                        settle(claim, Outcome::NotExecuted(Evidence::ThisSend), None).await;
+                        return self.tell(TaskAnswer::Problem(problem));
+                    }
                     SendError::Unreachable { .. } => {
                         let shared = Arc::new(Unrecorded::Problem(problem.clone()));
                         settle(claim, Outcome::NotExecuted(Evidence::ThisSend), Some(shared)).await;
@@ -206,7 +224,8 @@ impl Forward {
     ) -> Result<(Exchange, Reservation), (Why, Problem)> {
         let gateway = Arc::clone(&self.gateway);
         let options = gateway.upstream.options();
-        let mut exchange = pin!(exchange(&gateway, request, self.route.options.max_recorded_body));
+        let may_send = || claim.may_send();
+        let mut exchange = pin!(exchange(&gateway, request, self.route.options.max_recorded_body, &may_send));
         tokio::select! {
             biased;
             done = &mut exchange => return Ok(done),
@@ -328,7 +347,7 @@ impl Forward {
         let request = self.request(None);
         let limit = self.route.options.max_recorded_body;
         let gateway = Arc::clone(&self.gateway);
-        let exchange = exchange(&gateway, request, limit);
+        let exchange = exchange(&gateway, request, limit, &|| true);
         let done = timeout(self.gateway.options.upstream.response_timeout, exchange).await;
         let problem = match done.map(|(done, _)| done) {
             Ok(Exchange::Complete(head, body)) => {
@@ -386,9 +405,10 @@ pub(super) async fn exchange(
     gateway: &Gateway,
     request: Request<ForwardBody>,
     limit: usize,
+    may_send: &(dyn Fn() -> bool + Sync),
 ) -> (Exchange, Reservation) {
     let mut reservation = gateway.budget.reservation();
-    let response = match gateway.upstream.send(request, None).await {
+    let response = match gateway.upstream.send_if(request, None, may_send).await {
         Ok(sent) => sent,
         Err(error) => return (Exchange::Failed(error), reservation),
     };

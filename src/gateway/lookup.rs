@@ -50,7 +50,7 @@ impl Forward {
         let asked = Asked { pattern: &self.route.options.pattern, path, params };
         let Some(target) = options.path.target(key, &asked) else { return Verdict::Undecided };
         let request = question(target, self.parts.headers.clone(), &self.route.options.header);
-        let exchange = exchange(&self.gateway, request, self.route.options.max_recorded_body);
+        let exchange = exchange(&self.gateway, request, self.route.options.max_recorded_body, &|| true);
         match timeout(options.timeout, exchange).await {
             Ok((Exchange::Complete(head, body), _reservation)) => self.verdict(options, &head, Some(body)),
             Ok((Exchange::Large(large), _)) => self.verdict(options, &large.head, None),

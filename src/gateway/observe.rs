@@ -264,7 +264,7 @@ impl Drop for Observed {
 
 fn unanswered(error: &SendError) -> Outcome {
     match error {
-        SendError::Unreachable { .. } => Outcome::NotExecuted(Evidence::ThisSend),
+        SendError::Unreachable { .. } | SendError::Withheld => Outcome::NotExecuted(Evidence::ThisSend),
         SendError::TimedOut => Outcome::Unknown(Why::Timeout),
         SendError::Malformed(_) => Outcome::Unknown(Why::Malformed),
         SendError::Broken(_) | SendError::Upload(_) => Outcome::Unknown(Why::Reset),

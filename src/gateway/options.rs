@@ -1,5 +1,6 @@
 //! What the gateway is told by the configuration.
 
+use super::cors::AllowOrigins;
 use super::{jwt, lookup, probe, route, scope, tunnel, upstream};
 use crate::idempotency::{FingerprintSettings, OutcomeTable, Policy};
 use http::HeaderName;
@@ -12,6 +13,8 @@ use std::time::Duration;
 pub struct Options {
     pub routes: Vec<RouteOptions>,
     pub trusted_proxies: Vec<IpNet>,
+    /// Whose pages may read the gateway's own answers.
+    pub cors: AllowOrigins,
     /// Largest body of an intercepted request with a key, in bytes.
     pub max_body: usize,
     /// Bytes of buffered bodies, all requests together.

@@ -3,7 +3,7 @@
 use super::body::ForwardBody;
 use super::headers::{self, last_hop, strip_hop_by_hop};
 use super::observe::{Observed, Tee};
-use super::problem::{Code, Problem};
+use super::problem::{Asker, Code, Problem};
 use super::reply::ReplyBody;
 use super::tunnel::Offer;
 use super::upstream::{self, HostPolicy, Passing, Patience, SendError};
@@ -24,13 +24,13 @@ impl Gateway {
         mut request: Request<Incoming>,
         peer: &Peer,
         metrics: &RouteMetrics,
-        chained: bool,
+        asker: &Asker,
         observed: Option<Arc<Observed>>,
     ) -> Response<ReplyBody> {
         let method = request.method().clone();
         if last_hop(&method, request.headers_mut()) {
             metrics.count(Outcome::passed);
-            return answer_as_last_hop(&method);
+            return answer_as_last_hop(&method, asker);
         }
         let offer = Offer::of(&mut request);
         let (mut parts, body) = request.into_parts();
@@ -75,7 +75,7 @@ impl Gateway {
                     }
                     None => {
                         metrics.count(Outcome::failed);
-                        Problem::upstream_broken("http_protocol_error").without_record().into_response(chained)
+                        Problem::upstream_broken("http_protocol_error").without_record().answer(asker)
                     }
                 }
             }
@@ -86,7 +86,7 @@ impl Gateway {
             Err(error) => {
                 let client_failed = matches!(error, SendError::Upload(_));
                 metrics.count(if client_failed { Outcome::rejected } else { Outcome::failed });
-                send_problem(&error).without_record().into_response(chained)
+                send_problem(&error).without_record().answer(asker)
             }
         }
     }
@@ -112,7 +112,7 @@ impl Gateway {
 
 /// What the client is told when sending failed.
 pub(super) fn send_problem(error: &SendError) -> Problem {
-    if !matches!(error, SendError::Upload(_) | SendError::TimedOut) {
+    if !matches!(error, SendError::Upload(_) | SendError::TimedOut | SendError::Withheld) {
         tracing::warn!(error = %error, source = std::error::Error::source(error).map(tracing::field::display), "upstream failed");
     }
     match error {
@@ -121,6 +121,7 @@ pub(super) fn send_problem(error: &SendError) -> Problem {
             "The upstream cannot be reached and has been sent nothing; retry later.",
             proxy_error,
         ),
+        SendError::Withheld => Problem::store_unavailable(),
         SendError::TimedOut => Problem::upstream_timeout(),
         SendError::Upload(None) => {
             Problem::new(Code::RequestTimeout, "The body made no progress; send it again, faster.")
@@ -131,7 +132,7 @@ pub(super) fn send_problem(error: &SendError) -> Problem {
     }
 }
 
-fn answer_as_last_hop(method: &Method) -> Response<ReplyBody> {
+fn answer_as_last_hop(method: &Method, asker: &Asker) -> Response<ReplyBody> {
     let mut response = Response::new(ReplyBody::full(Bytes::new()));
     // TRACE would echo the request, credentials included.
     if method == Method::TRACE {
@@ -139,5 +140,8 @@ fn answer_as_last_hop(method: &Method) -> Response<ReplyBody> {
     }
     let allow = HeaderValue::from_static("GET, HEAD, POST, PUT, DELETE, PATCH, OPTIONS");
     response.headers_mut().insert(ALLOW, allow);
+    if let Some(reader) = &asker.reader {
+        reader.admit(response.headers_mut());
+    }
     response
 }

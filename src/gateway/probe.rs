@@ -147,7 +147,7 @@ impl Gateway {
     async fn ask(&self, caller: &Caller, target: &PathAndQuery) -> Verdict {
         let options = &caller.route.options;
         let request = question(target.clone(), caller.headers.clone(), &options.header);
-        let (answer, _reservation) = exchange(self, request, BODY_MAX).await;
+        let (answer, _reservation) = exchange(self, request, BODY_MAX, &|| true).await;
         let (head, body) = match answer {
             Exchange::Complete(head, body) => (head, Some(body)),
             Exchange::Large(large) => (large.head, None),

@@ -1,5 +1,6 @@
 //! What the gateway itself answers: one error type, RFC 9457 bodies.
 
+use super::cors::Reader;
 use super::reply::ReplyBody;
 use crate::telemetry::Outcome as Result_;
 use bytes::Bytes;
@@ -130,6 +131,14 @@ pub struct Problem {
     members: Vec<(&'static str, serde_json::Value)>,
 }
 
+/// Who gets an answer of the gateway's own.
+pub(super) struct Asker {
+    /// Whether there is a gateway of this kind in front.
+    pub chained: bool,
+    /// The page that may read it, where the request comes from a browser.
+    pub reader: Option<Reader>,
+}
+
 /// What the type of each problem begins with.
 const TYPE: &str = "urn:oncegate:problem:";
 
@@ -242,6 +251,16 @@ impl Problem {
     pub fn without_record(mut self) -> Self {
         self.recorded &= self.code == Code::UpstreamUnreachable;
         self
+    }
+
+    /// The response for whoever has asked.
+    #[must_use]
+    pub(super) fn answer(self, asker: &Asker) -> Response<ReplyBody> {
+        let mut response = self.into_response(asker.chained);
+        if let Some(reader) = &asker.reader {
+            reader.admit(response.headers_mut());
+        }
+        response
     }
 
     /// The response. `chained`: there is a gateway of this kind in front, which is told that it needs no record of its own:

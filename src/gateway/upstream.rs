@@ -83,6 +83,9 @@ const IDLE_MAX: usize = 1024;
 /// Why a request got no response.
 #[derive(Debug, thiserror::Error)]
 pub enum SendError {
+    /// Not a byte of it was sent: its claim might not have lived long enough.
+    #[error("the request was withheld")]
+    Withheld,
     /// Not a byte of it was sent.
     #[error("cannot connect to the upstream: {error}")]
     Unreachable { error: io::Error, proxy_error: &'static str },
@@ -148,6 +151,19 @@ impl Upstream {
         request: Request<ForwardBody>,
         patience: Option<Patience>,
     ) -> Result<Response<Incoming>, SendError> {
+        self.send_if(request, patience, &|| true).await
+    }
+
+    /// As [`Self::send`], if `may_send` says so once there is a connection, right before the first byte.
+    ///
+    /// # Errors
+    /// [`SendError::Withheld`] if it does not.
+    pub async fn send_if(
+        self: &Arc<Self>,
+        request: Request<ForwardBody>,
+        patience: Option<Patience>,
+        may_send: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Response<Incoming>, SendError> {
         let safe = [Method::GET, Method::HEAD, Method::OPTIONS, Method::TRACE].contains(request.method());
         let mut out = Outgoing::new(request);
         // A pooled connection may have been closed by the other side; after two of those a new one is surely better.
@@ -161,6 +177,9 @@ impl Upstream {
                 // Rare, and large: what it takes is not part of every request.
                 None => Box::pin(self.connect()).await?,
             };
+            if !may_send() {
+                return Err(SendError::Withheld);
+            }
             let Head { response, framing, keep } =
                 match out.exchange(&mut link, patience, self.options.idle_timeout).await {
                     Ok(head) => head,

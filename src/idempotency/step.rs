@@ -179,6 +179,42 @@ impl Step {
 
 /// Decides what `event` does to the record `stored` at `now`.
 pub fn step(policy: &Policy, now: Millis, stored: Option<&Record>, event: &Event) -> Step {
+    match stored.and_then(|record| lapsed(policy, now, record)) {
+        // Only its owner still takes it for a claim.
+        Some(lapsed) if !matches!(event, Event::Renew { .. } | Event::Settle { .. } | Event::Recover) => {
+            let step = decide(policy, now, Some(&lapsed), event);
+            match (&step.write, event, &step.decision) {
+                // Another payload changes nothing.
+                (_, _, Decision::Reject(RejectReason::KeyReused)) => step,
+                (Write::Keep, Event::Arrive { .. } | Event::LookedUp { .. }, _) => {
+                    Step { write: Write::Put(lapsed), ..step }
+                }
+                _ => step,
+            }
+        }
+        _ => decide(policy, now, stored, event),
+    }
+}
+
+/// What a claim whose lease is over counts as, from that moment on: its outcome is unknown. `None`: it is no such claim.
+#[must_use]
+pub fn lapsed(policy: &Policy, now: Millis, record: &Record) -> Option<Record> {
+    match record.state {
+        State::Claimed { lease_until: Some(until) } if until <= now => Some(unknown(policy, until, record, Why::Lease)),
+        _ => None,
+    }
+}
+
+/// When a store may drop the record: an owner that is gone leaves a claim behind that counts as unknown once it has lapsed.
+#[must_use]
+pub fn droppable_at(policy: &Policy, record: &Record) -> Option<Millis> {
+    match record.state {
+        State::Claimed { lease_until } => lease_until.map(|until| until.plus(policy.unknown_retention_ms)),
+        _ => record.expires_at(),
+    }
+}
+
+fn decide(policy: &Policy, now: Millis, stored: Option<&Record>, event: &Event) -> Step {
     match event {
         Event::Arrive { origin, fingerprint, token } => match stored.filter(|record| !record.expired(now)) {
             None => claim(policy, now, Origin { attempts: 1, claimed_at: now, ..origin.clone() }, *fingerprint, *token),
@@ -193,7 +229,7 @@ pub fn step(policy: &Policy, now: Millis, stored: Option<&Record>, event: &Event
                     let again = Origin { attempts: 1, claimed_at: now, ..origin.clone() };
                     looked_up(policy, now, record, *asked_at, verdict, (again, *fingerprint, *token))
                 }
-                _ => moved_on(step(
+                _ => moved_on(decide(
                     policy,
                     now,
                     stored,
@@ -216,7 +252,7 @@ pub fn step(policy: &Policy, now: Millis, stored: Option<&Record>, event: &Event
     }
 }
 
-/// An operator's act on a live record. A claim refuses all of them: its request may be on its way to the upstream.
+/// An operator's act on a live record. A claim that lives refuses all of them: its request may be on its way to the upstream.
 fn operate(policy: &Policy, now: Millis, record: &Record, event: &Event) -> Step {
     let write = match (&record.state, event) {
         (State::Claimed { .. }, _) => return Step::keep(Decision::InFlight),
@@ -242,14 +278,6 @@ fn arrive_at(policy: &Policy, now: Millis, record: &Record, fingerprint: &Finger
         return Step::keep(Decision::Reject(RejectReason::KeyReused));
     }
     match &record.state {
-        State::Claimed { lease_until } if lease_until.is_some_and(|until| until <= now) => {
-            let lapsed = unknown(policy, now, record, Why::Lease);
-            let step = arrive_at(policy, now, &lapsed, fingerprint, token);
-            match step.write {
-                Write::Keep => Step { write: Write::Put(lapsed), ..step },
-                _ => step,
-            }
-        }
         State::Claimed { lease_until } => Step::keep(match policy.concurrent {
             Concurrent::Wait => Decision::Wait { until: *lease_until },
             Concurrent::Conflict => Decision::Reject(RejectReason::InProgress),

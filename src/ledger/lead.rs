@@ -1,11 +1,13 @@
 //! From the right to claim a key to the claim, or to the answer that the store gives instead.
 
+use super::claim::{HeldClaim, PAUSE_MAX, PAUSE_MIN};
+use super::lease::Lease;
 use super::{
-    Answer, Arrival, Claim, ClaimResult, HeldClaim, Remembered, Settlement, Shared, SlotOwner, answer, damaged,
+    Answer, Arrival, Claim, ClaimResult, Elsewhere, Remembered, Settlement, Shared, SlotOwner, answer, damaged, decode,
     new_token,
 };
-use crate::idempotency::{Decision, Event, Millis, Record, Verdict};
-use crate::store::{Store, StoreError, Version};
+use crate::idempotency::{ClaimToken, Decision, Event, Evidence, Millis, Outcome, Policy, Record, Verdict};
+use crate::store::{RecordId, Store, StoreError, Version};
 use std::sync::Arc;
 use tokio::time::Instant;
 
@@ -31,9 +33,20 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Lead<S, R> {
     async fn raise(self, stored: Option<(Version, Record)>, event: &Event) -> Result<ClaimResult<S, R>, StoreError> {
         let Self { shared, arrival, owner } = self;
         let started = Instant::now();
+        // The lease counts from here: before any write that makes it is sent.
+        let since_ms = shared.clock.monotonic_ms();
         let (decision, stored) = match shared.apply(arrival.id, &arrival.policy, stored, event).await {
             Err(StoreError::Damaged { id, detail }) => return Ok(ClaimResult::Answer(damaged(id, &detail))),
-            applied => applied?,
+            Err(error) => {
+                if let (StoreError::Unavailable { may_land_until_ms: Some(until), .. }, Some(token)) =
+                    (&error, claimed_by(event))
+                {
+                    let (id, policy) = (arrival.id, arrival.policy);
+                    tokio::spawn(shared.give_up(id, policy, token, Millis(*until)));
+                }
+                return Err(error);
+            }
+            Ok(applied) => applied,
         };
         let Some((version, record)) = stored else {
             // An arrival never removes a record; should it, nothing was claimed.
@@ -43,8 +56,12 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Lead<S, R> {
         match decision {
             Decision::Forward { resend } => {
                 shared.metrics.claim_seconds.observe(started.elapsed());
+                let lease = Lease::new(&arrival.policy, since_ms, version, &record);
                 owner.slot().set_claimed(Arc::clone(&record));
-                let held = HeldClaim { shared, arrival, owner, version, record };
+                if let Some(lease) = &lease {
+                    owner.slot().set_lease(Arc::clone(lease));
+                }
+                let held = HeldClaim { shared, arrival, owner, version, record, lease };
                 return Ok(ClaimResult::Claimed(Claim { held: Some(Box::new(held)), resend }));
             }
             Decision::Lookup => {
@@ -53,6 +70,13 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Lead<S, R> {
                 let asked_at = shared.clock.now();
                 let lead = Self { shared, arrival, owner };
                 return Ok(ClaimResult::LookUp(Inquiry { lead, version, record, asked_at }));
+            }
+            // Another gateway is at it. (In a store of our own it is one whose outcome could not be written: nobody is.)
+            Decision::Wait { until: Some(_) } => {
+                owner.slot().set_claimed(record);
+                let watch = shared.store.watch(arrival.id);
+                let (id, policy) = (arrival.id, arrival.policy);
+                return Ok(ClaimResult::Wait(Elsewhere { shared, id, policy, owner, watch }));
             }
             _ => {}
         }
@@ -69,6 +93,42 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Lead<S, R> {
             _ => {}
         }
         Ok(ClaimResult::Answer(answer))
+    }
+}
+
+/// The token of the claim that the event would make.
+fn claimed_by(event: &Event) -> Option<ClaimToken> {
+    match event {
+        Event::Arrive { token, .. } | Event::LookedUp { token, .. } => Some(*token),
+        _ => None,
+    }
+}
+
+impl<S: Store, R: Clone + Send + Sync + 'static> Shared<S, R> {
+    /// The answer to a claim was lost, and its caller was told that the store is unavailable: nothing is sent under this
+    /// claim. Should it have landed, or land until `may_land_until`, then it is settled as not executed.
+    async fn give_up(self: Arc<Self>, id: RecordId, policy: Policy, token: ClaimToken, may_land_until: Millis) {
+        let event = Event::Settle { token, outcome: Outcome::NotExecuted(Evidence::ThisSend) };
+        let mut pause = PAUSE_MIN;
+        loop {
+            let last = self.clock.now() > may_land_until;
+            match self.store.get(id).await {
+                Ok(found) => {
+                    let own = found.and_then(|entry| decode(id, entry)).filter(|(_, record)| record.token == token);
+                    let done = match own {
+                        Some(own) => self.apply(id, &policy, Some(own), &event).await.is_ok(),
+                        None => last,
+                    };
+                    if done {
+                        return;
+                    }
+                }
+                Err(StoreError::Failed { .. } | StoreError::Damaged { .. }) => return,
+                Err(StoreError::Unavailable { .. } | StoreError::Full { .. }) => {}
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
     }
 }
 

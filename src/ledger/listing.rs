@@ -1,7 +1,7 @@
 //! Records in pages, for operators.
 
 use super::{Ledger, Shown};
-use crate::idempotency::Record;
+use crate::idempotency::{Policy, Record};
 use crate::store::{Store, StoreError, Tag};
 
 /// A part of what there is.
@@ -19,7 +19,7 @@ const LIST_BYTES_MAX: usize = 8 << 20;
 
 impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
     /// Up to `limit` records of a tag, or of all, that are `wanted`, roughly oldest first; `after` 0 begins, [`Listed::next`]
-    /// goes on. Expired records are left out. It is bounded work: there may be fewer records than there is room for, or
+    /// goes on. Expired records are left out; `policy` is as with [`Ledger::show`]. It is bounded work: there may be fewer records than there is room for, or
     /// none, before the end.
     ///
     /// # Errors
@@ -29,6 +29,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
         tag: Option<Tag>,
         mut after: u64,
         limit: usize,
+        policy: impl Fn(&Record) -> Policy,
         wanted: impl Fn(&Record) -> bool,
     ) -> Result<Listed, StoreError> {
         let (mut records, mut visits, mut bytes) = (Vec::new(), VISITS_MAX, 0);
@@ -41,7 +42,9 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
             for (id, entry) in page.entries {
                 let len = entry.value.bytes.len();
                 // What cannot be decoded was noted in the log.
-                let Ok(shown) = self.shown(id, entry) else { continue };
+                let Ok(mut shown) = self.shown(id, entry) else { continue };
+                let policy = policy(&shown.record);
+                self.0.let_lapse(&mut shown, &policy);
                 if !shown.record.expired(now) && wanted(&shown.record) {
                     bytes += len;
                     records.push(shown);

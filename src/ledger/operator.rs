@@ -3,8 +3,8 @@
 //! An act holds its key's slot, as a claim does: no request on that key is decided meanwhile, and none is under way. Nothing
 //! is put into the hot cache but by the holder of the slot, so a record that was forgotten cannot come back into it.
 
-use super::{Budget, Held, Ledger, Remembered, SlotOwner, decode, to_value};
-use crate::idempotency::{Decision, Event, Policy, Record, Resolution, Write, step};
+use super::{Budget, Held, Ledger, Remembered, Shared, SlotOwner, decode, to_value};
+use crate::idempotency::{Decision, Event, Policy, Record, Resolution, Write, lapsed, step};
 use crate::store::{Entry, RecordId, Store, StoreError, Swap, Urgency, Version};
 use bytes::Bytes;
 use std::sync::Arc;
@@ -68,15 +68,20 @@ impl<E> From<StoreError> for Refusal<E> {
 const PATIENCE: Duration = Duration::from_secs(10);
 
 impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
-    /// A record; `None` if it is absent or its time is over.
+    /// A record; `None` if it is absent or its time is over. `policy` tells the rules of its route: a claim whose lease is
+    /// over is shown as what it counts as, unknown.
     ///
     /// # Errors
     /// The store's; [`StoreError::Damaged`] if the record cannot be decoded.
-    pub async fn show(&self, id: RecordId) -> Result<Option<Shown>, StoreError> {
+    pub async fn show(&self, id: RecordId, policy: impl Fn(&Record) -> Policy) -> Result<Option<Shown>, StoreError> {
         let Some(entry) = self.0.store.get(id).await? else { return Ok(None) };
-        Ok(Some(self.shown(id, entry)?).filter(|shown| !shown.record.expired(self.0.clock.now())))
+        let mut shown = self.shown(id, entry)?;
+        let policy = policy(&shown.record);
+        self.0.let_lapse(&mut shown, &policy);
+        Ok(Some(shown).filter(|shown| !shown.record.expired(self.0.clock.now())))
     }
 
+    /// As the store holds it.
     pub(super) fn shown(&self, id: RecordId, entry: Entry) -> Result<Shown, StoreError> {
         let damaged = || StoreError::Damaged { id, detail: "it cannot be decoded".to_owned() };
         let (version, record) = decode(id, entry).ok_or_else(damaged)?;
@@ -119,11 +124,16 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
     /// One read, one step, one swap. A conflict is not tried again: the operator has judged what he has seen.
     async fn act_alone<E>(&self, act: Act<E>) -> Result<Acted, Refusal<E>> {
         let (shared, id) = (&self.0, act.id);
-        let before = self.show(id).await?.ok_or(Refusal::NotFound)?;
+        let entry = shared.store.get(id).await?.ok_or(Refusal::NotFound)?;
+        let mut before = self.shown(id, entry)?;
+        if before.record.expired(shared.clock.now()) {
+            return Err(Refusal::NotFound);
+        }
         if act.if_version.is_some_and(|version| version != before.version) {
             return Err(Refusal::Changed);
         }
         let (policy, event) = (act.decide)(&before.record).map_err(Refusal::Refused)?;
+        shared.let_lapse(&mut before, &policy);
         let now = shared.clock.now();
         let step = step(&policy, now, Some(&before.record), &event);
         match step.decision {
@@ -140,10 +150,10 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
         };
         // Before the write: whatever becomes of it, the store's word counts from now on.
         shared.hot.remove(id);
-        let value = new.as_ref().map(to_value);
+        let value = new.as_ref().map(|record| to_value(&policy, record));
         let swap = shared.store.compare_and_swap(id, Some(before.version), value, now.0, Urgency::Settle).await;
         let swap = swap.inspect_err(|error| {
-            if matches!(error, StoreError::Failed { .. }) {
+            if matches!(error, StoreError::Failed { .. } | StoreError::Unavailable { may_land_until_ms: Some(_), .. }) {
                 let (who, act) = (&*act.who, describe(&event));
                 tracing::error!(who, record = %id, act, %error, "whether an operator's act has landed is not known");
             }
@@ -155,6 +165,15 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
         }
         log(&act.who, &before, &event);
         Ok(Acted { before, after })
+    }
+}
+
+impl<S, R> Shared<S, R> {
+    /// Shows a claim whose lease is over as what it counts as.
+    pub(super) fn let_lapse(&self, shown: &mut Shown, policy: &Policy) {
+        if let Some(lapsed) = lapsed(policy, self.clock.now(), &shown.record) {
+            shown.record = Remembered::new(lapsed);
+        }
     }
 }
 

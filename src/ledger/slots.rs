@@ -2,12 +2,13 @@
 
 use super::Answer;
 use super::budget::Held;
+use super::lease::Lease;
 use super::remembered::Remembered;
 use crate::idempotency::State;
 use crate::store::{HashOfIds, RecordId};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -44,6 +45,8 @@ pub(super) struct Slot<R> {
     waiters: AtomicUsize,
     /// The first caller has got its 504.
     late: AtomicBool,
+    /// Of the claim that is worked on here, in a shared store.
+    lease: OnceLock<Arc<Lease>>,
     /// The request's body, for waiters that bear the same bytes: they then need no copy of their own.
     body: Mutex<Option<Held>>,
 }
@@ -75,6 +78,11 @@ impl<R: Clone> Slot<R> {
     pub(super) fn set_late(&self) {
         self.late.store(true, Ordering::Release);
         *lock(&self.body) = None;
+    }
+
+    pub(super) fn set_lease(&self, lease: Arc<Lease>) {
+        // A slot is claimed once.
+        let _ = self.lease.set(lease);
     }
 
     pub(super) fn set_claimed(&self, record: Arc<Remembered>) {
@@ -163,6 +171,15 @@ impl<R: Clone> Slots<R> {
         lock(self.shard(id)).get(&id).map(Arc::clone)
     }
 
+    /// The leases of all claims that are worked on here.
+    pub(super) fn leases(&self) -> Vec<(RecordId, Arc<Lease>)> {
+        let of_shard = |shard: &Mutex<Shard<R>>| {
+            let shard = lock(shard);
+            shard.iter().filter_map(|(id, slot)| Some((*id, Arc::clone(slot.lease.get()?)))).collect::<Vec<_>>()
+        };
+        self.shards.iter().flat_map(of_shard).collect()
+    }
+
     /// The slot of `id`; or a new one, which then belongs to the caller.
     pub(super) fn find_or_open(
         self: &Arc<Self>,
@@ -177,6 +194,7 @@ impl<R: Clone> Slots<R> {
             phase: watch::Sender::new(Phase::Pending),
             waiters: AtomicUsize::new(0),
             late: AtomicBool::new(false),
+            lease: OnceLock::new(),
             body: Mutex::new(Some(body())),
         });
         shard.insert(id, Arc::clone(&slot));

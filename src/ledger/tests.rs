@@ -1,13 +1,16 @@
+mod lease;
 mod lookup;
 mod operator;
 
 use super::*;
-use crate::idempotency::{Concurrent, Evidence, Recorded, Response, UnknownOutcome};
-use crate::store::{Health, Page};
+use crate::idempotency::{Concurrent, Evidence, Outcome, Recorded, Response, UnknownOutcome, Why};
+use crate::store::shared::Watches;
+use crate::store::{Health, Page, Tag, Watch};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Mutex;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 /// What becomes of the next compare-and-swap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +21,8 @@ enum Fault {
     LoseAnswer,
     /// The disk is full.
     Full,
+    /// The answer is lost on its way from a shared store, which has written or not; it may land until then.
+    Lost { lands: bool, until: Millis },
 }
 
 /// A store in memory whose writes can be held up or fail on command.
@@ -26,6 +31,8 @@ struct Scripted {
     state: Mutex<ScriptedState>,
     held_up: tokio::sync::Mutex<()>,
     arrived: Notify,
+    /// Of a shared store.
+    watches: Option<Arc<Watches>>,
 }
 
 #[derive(Default)]
@@ -35,6 +42,8 @@ struct ScriptedState {
     faults: VecDeque<Option<Fault>>,
     writes: usize,
     reads: usize,
+    /// So many reads find the store out of reach.
+    unreachable: usize,
 }
 
 fn failed() -> StoreError {
@@ -45,6 +54,10 @@ impl Store for Arc<Scripted> {
     async fn get(&self, id: RecordId) -> Result<Option<Entry>, StoreError> {
         let mut state = self.state.lock().unwrap();
         state.reads += 1;
+        if state.unreachable > 0 {
+            state.unreachable -= 1;
+            return Err(StoreError::Unavailable { reason: "cut off".to_owned(), may_land_until_ms: None });
+        }
         Ok(state.entries.get(&id).cloned())
     }
 
@@ -66,6 +79,9 @@ impl Store for Arc<Scripted> {
         if fault == Some(Fault::Full) {
             return Err(StoreError::Full { path: "here".to_owned(), min_free_bytes: 0 });
         }
+        if let Some(Fault::Lost { lands: false, until }) = fault {
+            return Err(StoreError::Unavailable { reason: "lost".to_owned(), may_land_until_ms: Some(until.0) });
+        }
         let current = state.entries.get(&id).cloned();
         if current.as_ref().map(|entry| entry.version) != expected {
             return Ok(Swap::Conflict(current));
@@ -77,7 +93,20 @@ impl Store for Arc<Scripted> {
             Some(value) => drop(state.entries.insert(id, Entry { version, value })),
             None => drop(state.entries.remove(&id)),
         }
-        if fault == Some(Fault::LoseAnswer) { Err(failed()) } else { Ok(Swap::Done(version)) }
+        if let Some(watches) = &self.watches {
+            watches.wake(id);
+        }
+        match fault {
+            Some(Fault::LoseAnswer) => Err(failed()),
+            Some(Fault::Lost { until, .. }) => {
+                Err(StoreError::Unavailable { reason: "lost".to_owned(), may_land_until_ms: Some(until.0) })
+            }
+            _ => Ok(Swap::Done(version)),
+        }
+    }
+
+    fn watch(&self, id: RecordId) -> Watch {
+        self.watches.as_ref().map_or_else(Watch::polling, |watches| watches.watch(id))
     }
 
     async fn sweep(&self, _now_ms: u64) -> Result<Duration, StoreError> {
@@ -150,7 +179,7 @@ fn bench() -> Bench {
 
 /// A new gateway over the same store.
 fn restart(store: &Arc<Scripted>, clock: &Clock) -> TestLedger {
-    let options = Options { cache_max_bytes: 1 << 20, cache_max_age: None };
+    let options = Options { cache_max_bytes: 1 << 20, cache_max_age: None, lease: None };
     Ledger::new(Arc::clone(store), clock.clone(), &options, Metrics::default())
 }
 
@@ -222,6 +251,7 @@ async fn claim(ledger: &TestLedger) -> Claim<Arc<Scripted>, &'static str> {
         ClaimResult::Claimed(claim) => claim,
         ClaimResult::Answer(answer) => panic!("answered: {answer:?}"),
         ClaimResult::LookUp(_) => panic!("asks"),
+        ClaimResult::Wait(_) => panic!("waits"),
     }
 }
 
@@ -230,6 +260,7 @@ async fn claim_answer(ledger: &TestLedger, arrival: &Arrival) -> Answer {
         ClaimResult::Answer(answer) => answer,
         ClaimResult::Claimed(_) => panic!("claimed"),
         ClaimResult::LookUp(_) => panic!("asks"),
+        ClaimResult::Wait(_) => panic!("waits"),
     }
 }
 
@@ -350,7 +381,7 @@ async fn a_claim_whose_settle_fails_stays_and_is_unknown_after_a_restart() {
         let answer = claim_answer(&restarted, &arrival(1, 1)).await;
         match fault {
             Fault::Refuse => assert!(recovered == 1 && matches!(answer, Answer::OutcomeUnknown), "{answer:?}"),
-            Fault::LoseAnswer | Fault::Full => {
+            _ => {
                 assert_eq!((recovered, replayed_body(&answer)), (0, Bytes::from_static(b"one")))
             }
         }

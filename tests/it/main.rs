@@ -12,6 +12,7 @@
 mod admin;
 mod chaining;
 mod clients;
+mod cors;
 mod disk;
 mod edge_sidecar;
 mod engines;

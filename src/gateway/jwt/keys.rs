@@ -254,7 +254,7 @@ async fn fetch(upstream: &Arc<Upstream>, target: &PathAndQuery) -> Result<Vec<u8
         SendError::Unreachable { error, .. } => format!("cannot connect: {error}"),
         SendError::Broken(error) => format!("the connection broke off: {error}"),
         SendError::Malformed(what) => format!("the answer is malformed: {what}"),
-        SendError::TimedOut | SendError::Upload(_) => "no answer".to_owned(),
+        SendError::TimedOut | SendError::Upload(_) | SendError::Withheld => "no answer".to_owned(),
     })?;
     if response.status() != StatusCode::OK {
         return Err(format!("the answer is {}, not 200", response.status().as_u16()));

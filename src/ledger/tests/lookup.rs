@@ -19,6 +19,7 @@ async fn inquire(ledger: &TestLedger) -> TestInquiry {
         ClaimResult::LookUp(inquiry) => inquiry,
         ClaimResult::Claimed(_) => panic!("claimed"),
         ClaimResult::Answer(answer) => panic!("answered: {answer:?}"),
+        ClaimResult::Wait(_) => panic!("waits"),
     }
 }
 
@@ -38,6 +39,7 @@ fn answer_of(told: Told) -> Answer {
         ClaimResult::Answer(answer) => answer,
         ClaimResult::Claimed(_) => panic!("claimed"),
         ClaimResult::LookUp(_) => panic!("asks again"),
+        ClaimResult::Wait(_) => panic!("waits"),
     }
 }
 

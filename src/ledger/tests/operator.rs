@@ -68,11 +68,11 @@ fn refusal(done: Done) -> Refusal<&'static str> {
 async fn what_was_not_executed_is_free_again() {
     let bench = bench();
     unknown(&bench.ledger).await;
-    let shown = bench.ledger.show(ID).await.unwrap().unwrap();
+    let shown = bench.ledger.show(ID, |_| policy()).await.unwrap().unwrap();
     let acted = act(&bench.ledger, not_executed).await.unwrap();
     assert_eq!((acted.before.version, &acted.before.record), (shown.version, &shown.record));
     assert!(acted.after.is_none() && stored(&bench).is_none());
-    assert!(bench.ledger.show(ID).await.unwrap().is_none());
+    assert!(bench.ledger.show(ID, |_| policy()).await.unwrap().is_none());
     drop(claim(&bench.ledger).await);
 }
 
@@ -87,7 +87,7 @@ async fn an_answer_given_by_hand_is_replayed_at_once_and_after_a_restart() {
     assert_eq!(replayed_body(&answered(&bench.ledger, &arrival(1, 1))), "by hand");
     assert!(matches!(answered(&bench.ledger, &arrival(2, 1)), Answer::KeyReused), "the payload is the first one's");
     assert_eq!(bench.store.state.lock().unwrap().reads, reads, "from the hot cache");
-    let shown = bench.ledger.show(ID).await.unwrap().unwrap();
+    let shown = bench.ledger.show(ID, |_| policy()).await.unwrap().unwrap();
     assert_eq!((shown.version, shown.record), (after.version, after.record));
     let restarted = restart(&bench.store, &bench.clock);
     assert_eq!(replayed_body(&claim_answer(&restarted, &arrival(1, 1)).await), "by hand");
@@ -120,7 +120,7 @@ async fn states_refuse_what_they_must() {
         assert_eq!(refusal(act(&bench.ledger, decide).await), Refusal::NotFound, "expired");
     }
     assert!(stored(&bench).is_some(), "the sweep's to remove");
-    assert!(bench.ledger.show(ID).await.unwrap().is_none());
+    assert!(bench.ledger.show(ID, |_| policy()).await.unwrap().is_none());
 }
 
 #[tokio::test]
@@ -131,13 +131,13 @@ async fn a_claim_refuses_be_it_late_or_orphaned() {
         for decide in ALL {
             assert_eq!(refusal(act(&bench.ledger, decide).await), Refusal::InFlight, "{late}");
         }
-        assert!(bench.ledger.show(ID).await.unwrap().unwrap().in_flight);
+        assert!(bench.ledger.show(ID, |_| policy()).await.unwrap().unwrap().in_flight);
         claimed.set_late();
     }
     // Its outcome cannot be written: the claim stays, and nobody is at it.
     bench.store.state.lock().unwrap().faults.push_back(Some(Fault::Refuse));
     assert!(claimed.settle(response("one"), None).await.is_err());
-    assert!(!bench.ledger.show(ID).await.unwrap().unwrap().in_flight);
+    assert!(!bench.ledger.show(ID, |_| policy()).await.unwrap().unwrap().in_flight);
     for decide in ALL {
         assert_eq!(refusal(act(&bench.ledger, decide).await), Refusal::InFlight);
     }
@@ -148,7 +148,7 @@ async fn a_claim_refuses_be_it_late_or_orphaned() {
 async fn an_act_is_for_the_version_that_was_seen() {
     let bench = bench();
     unknown(&bench.ledger).await;
-    let seen = bench.ledger.show(ID).await.unwrap().unwrap().version;
+    let seen = bench.ledger.show(ID, |_| policy()).await.unwrap().unwrap().version;
     for decide in ALL {
         let other = act_with(Some(Version(seen.0 + 1)), decide);
         assert_eq!(bench.ledger.act(other).await.err().unwrap(), Refusal::Changed);
@@ -249,7 +249,7 @@ async fn an_operator_waits_for_the_upstreams_word_and_acts_on_what_it_leaves() {
         asking.policy.unknown_outcome = UnknownOutcome::Lookup { min_age_ms: 0 };
         let ClaimResult::LookUp(inquiry) = lead(&bench.ledger, &asking).claim().await.unwrap() else { panic!() };
         let acting = begin(&bench.ledger, decide).await;
-        assert!(!acting.is_finished() && bench.ledger.show(ID).await.unwrap().unwrap().in_flight);
+        assert!(!acting.is_finished() && bench.ledger.show(ID, |_| policy()).await.unwrap().unwrap().in_flight);
         let told = inquiry.tell(verdict.clone()).await.unwrap();
         settle_down().await;
         let done = acting.await.unwrap();
@@ -326,7 +326,7 @@ async fn an_act_whose_write_fails_leaves_the_stores_word() {
         match fault {
             // It has landed: a copy in memory would contradict the store.
             Fault::LoseAnswer => drop(claim(&bench.ledger).await),
-            Fault::Refuse | Fault::Full => {
+            Fault::Refuse | Fault::Full | Fault::Lost { .. } => {
                 let answer = claim_answer(&bench.ledger, &arrival(1, 1)).await;
                 assert_eq!(replayed_body(&answer), "one");
             }
@@ -349,7 +349,7 @@ async fn a_record_that_cannot_be_read_is_neither_shown_nor_touched() {
     let bench = bench();
     let value = Value { tag: tags::UNKNOWN, expires_at_ms: Some(u64::MAX), bytes: Bytes::from_static(b"\xffjunk") };
     bench.store.state.lock().unwrap().entries.insert(ID, Entry { version: Version(99), value });
-    assert!(matches!(bench.ledger.show(ID).await, Err(StoreError::Damaged { .. })));
+    assert!(matches!(bench.ledger.show(ID, |_| policy()).await, Err(StoreError::Damaged { .. })));
     let before = stored(&bench);
     for decide in ALL {
         assert!(matches!(refusal(act(&bench.ledger, decide).await), Refusal::Store(_)));
@@ -371,7 +371,7 @@ fn fill(bench: &Bench, count: u64, body_len: usize) {
             token: ClaimToken([1; 16]),
             state: State::Completed { response: Recorded::Full(response), completed_at, expires_at },
         };
-        state.entries.insert(RecordId(id), Entry { version: Version(n), value: to_value(&record) });
+        state.entries.insert(RecordId(id), Entry { version: Version(n), value: to_value(&policy(), &record) });
     }
 }
 
@@ -383,13 +383,13 @@ fn numbers(listed: &Listed) -> Vec<u32> {
 async fn a_list_goes_on_where_its_page_has_ended_and_leaves_out_what_has_expired() {
     let bench = bench();
     fill(&bench, 7, 1);
-    let page = bench.ledger.list(None, 0, 3, |_| true).await.unwrap();
+    let page = bench.ledger.list(None, 0, 3, |_| policy(), |_| true).await.unwrap();
     assert_eq!(numbers(&page), [1, 3, 4]);
-    let rest = bench.ledger.list(None, page.next.unwrap(), 100, |_| true).await.unwrap();
+    let rest = bench.ledger.list(None, page.next.unwrap(), 100, |_| policy(), |_| true).await.unwrap();
     assert_eq!((numbers(&rest), rest.next), (vec![5, 6, 7], None));
-    let odd = bench.ledger.list(None, 0, 2, |record| record.origin.attempts > 5).await.unwrap();
+    let odd = bench.ledger.list(None, 0, 2, |_| policy(), |record| record.origin.attempts > 5).await.unwrap();
     assert_eq!(numbers(&odd), [6, 7]);
-    let none = bench.ledger.list(Some(tags::UNKNOWN), 0, 10, |_| true).await.unwrap();
+    let none = bench.ledger.list(Some(tags::UNKNOWN), 0, 10, |_| policy(), |_| true).await.unwrap();
     assert_eq!((numbers(&none), none.next), (vec![], None));
 }
 
@@ -404,7 +404,7 @@ async fn a_page_is_bounded_work() {
             visits.set(visits.get() + 1);
             record.origin.attempts == 4999
         };
-        let page = bench.ledger.list(None, after, 1000, wanted).await.unwrap();
+        let page = bench.ledger.list(None, after, 1000, |_| policy(), wanted).await.unwrap();
         pages += 1;
         assert!(visits.get() <= 2048, "{}", visits.get());
         let Some(next) = page.next else {
@@ -417,6 +417,6 @@ async fn a_page_is_bounded_work() {
     assert_eq!(pages, 3);
     let large = self::bench();
     fill(&large, 100, 1 << 20);
-    let page = large.ledger.list(None, 0, 1000, |_| true).await.unwrap();
+    let page = large.ledger.list(None, 0, 1000, |_| policy(), |_| true).await.unwrap();
     assert!(page.next.is_some() && page.records.len() <= 64, "{}", page.records.len());
 }

@@ -65,7 +65,7 @@ impl Watches {
 
     /// Word may have been missed.
     pub fn wake_all(&self) {
-        self.lock().values().for_each(|watched| drop(watched.word.send_replace(())));
+        self.lock().values().for_each(|watched| watched.word.send_replace(()));
     }
 
     /// What is waited for right now, for a connection that was made anew.

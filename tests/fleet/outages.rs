@@ -1,0 +1,260 @@
+//! The store out of reach, slow, or its answers lost: what callers get, and that nothing is executed twice or stuck.
+
+use crate::fleet::{Fleet, LEASE, TIMEOUT, assert_same, problem, takes};
+use crate::server::Engine;
+use crate::support::{Gate, Response, Upstream, eventually, request};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Beyond the store's own time limit: for a machine that is busy.
+const MARGIN: Duration = Duration::from_millis(800);
+
+/// What a client gets in the end that comes again as long as it is told that the store is unavailable, or the key busy.
+#[track_caller]
+fn succeeds(fleet: &Fleet, gateway: usize, key: &str) -> Response {
+    let answer = fleet.settled(gateway, key);
+    assert_eq!(answer.status, 201, "{key}: {answer:?}");
+    fleet.executed_once(key);
+    answer
+}
+
+#[track_caller]
+fn expect_unavailable(answer: &Response) {
+    answer.expect_problem(503, "store_unavailable");
+    assert_eq!(answer.header("retry-after"), Some("1"), "{answer:?}");
+}
+
+fn without_the_store_keyed_requests_are_refused_and_all_else_passes(engine: Engine) {
+    let Some(mut fleet) = Fleet::alone(engine, 1, Upstream::counting(), "") else { return };
+    fleet.join("admin.ready_needs_store = true", &[]).unwrap();
+    assert_eq!(fleet.post(0, "before").status, 201);
+    for gateway in &fleet.gateways {
+        let ready = gateway.admin("/readyz");
+        assert_eq!(ready.status, 200, "{ready:?}");
+    }
+    fleet.server.kill();
+    for gateway in [0, 1] {
+        expect_unavailable(&fleet.post(gateway, "k"));
+        fleet.wait_for_store(gateway, false);
+        let began = Instant::now();
+        for n in 0..20 {
+            expect_unavailable(&fleet.post(gateway, &format!("k{n}")));
+        }
+        assert!(began.elapsed() < 20 * TIMEOUT / 2, "who knows that it is gone does not try for long each time");
+    }
+    let keyed = fleet.upstream.requests().iter().filter(|request| request.key().is_some()).count();
+    assert_eq!(keyed, 1, "nothing is sent without a claim");
+    // What was hot stays so.
+    assert!(fleet.post(0, "before").replayed());
+    for gateway in &fleet.gateways {
+        assert_eq!(gateway.call(request("POST", "/posts", &[], "{}")).status, 201);
+        assert_eq!(gateway.call(request("GET", "/posts", &[], "")).status, 201);
+        assert_eq!(gateway.admin("/livez").status, 200);
+    }
+    let ready = fleet.gateways.iter().map(|gateway| gateway.admin("/readyz")).collect::<Vec<_>>();
+    assert_eq!((ready[0].status, ready[1].status), (200, 503), "{ready:?}");
+    assert!(ready.iter().all(|ready| ready.text().contains("unreachable")), "{ready:?}");
+    fleet.server.restart();
+    for gateway in [0, 1] {
+        fleet.wait_for_store(gateway, true);
+        assert_eq!(fleet.gateways[gateway].admin("/readyz").status, 200);
+    }
+    succeeds(&fleet, 0, "k");
+    assert!(fleet.post(1, "k").replayed());
+    assert!(fleet.post(1, "before").replayed(), "it was on disk");
+    fleet.executed_once("before");
+}
+
+fn a_store_that_answers_nothing_refuses_in_time_and_hangs_nobody(engine: Engine) {
+    let Some(fleet) = Fleet::alone(engine, 2, Upstream::counting(), "") else { return };
+    assert_eq!(fleet.post(0, "before").status, 201);
+    fleet.server.pause();
+    let began = Instant::now();
+    let mut clients = (0..20).map(|n| fleet.begin(0, &format!("k{n}"))).collect::<Vec<_>>();
+    clients.iter_mut().for_each(|client| expect_unavailable(&client.read()));
+    let took = began.elapsed();
+    assert!(took < TIMEOUT + MARGIN, "{took:?}");
+    assert_eq!(fleet.upstream.count(), 1);
+    let began = Instant::now();
+    fleet.gateways[0].admin("/metrics");
+    fleet.gateways[0].admin("/readyz");
+    assert!(began.elapsed() < MARGIN, "{:?}", began.elapsed());
+    fleet.server.resume();
+    // What had been sent by then may land now, and is given back.
+    (0..20).for_each(|n| drop(succeeds(&fleet, n % 2, &format!("k{n}"))));
+}
+
+fn a_claim_whose_answer_is_lost_is_executed_once_or_given_back(engine: Engine) {
+    let Some(fleet) = Fleet::start(engine, 2, Upstream::counting(), "") else { return };
+    let mut refused = 0;
+    for n in 0..20 {
+        let key = format!("lost-{n}-");
+        // Several times in a row: its second try, too.
+        let times = 1 + n % 4;
+        let before = fleet.proxies[0].lost();
+        (0..times).for_each(|_| fleet.proxies[0].lose_answer_to(&key));
+        let began = Instant::now();
+        let first = fleet.post(0, &key);
+        assert!(began.elapsed() < TIMEOUT + MARGIN, "{:?}", began.elapsed());
+        assert!(fleet.proxies[0].lost() > before, "the answer was lost");
+        fleet.proxies[0].mend();
+        match problem(&first).as_deref() {
+            None => assert_eq!(first.status, 201, "{first:?}"),
+            Some("store_unavailable") => refused += 1,
+            _ => panic!("{first:?}"),
+        }
+        let last = succeeds(&fleet, 1, &key);
+        if first.status == 201 {
+            assert_same(&key, &first, &last);
+        }
+        assert_eq!(succeeds(&fleet, 0, &key).text(), last.text());
+    }
+    assert!(refused < 20, "the second try finds the claim");
+}
+
+fn a_single_lost_answer_costs_a_caller_nothing(engine: Engine) {
+    let Some(fleet) = Fleet::start(engine, 1, Upstream::counting(), "") else { return };
+    for n in 0..5 {
+        let key = format!("lost-{n}-");
+        fleet.proxies[0].lose_answer_to(&key);
+        assert_eq!(fleet.post(0, &key).status, 201);
+        assert_eq!(fleet.proxies[0].lost(), n + 1);
+        fleet.executed_once(&key);
+    }
+}
+
+/// On its way for longer than anybody waits.
+fn a_claim_that_arrives_late_is_refused_by_the_store_or_given_back(engine: Engine) {
+    for late in [TIMEOUT * 5 / 4, TIMEOUT * 4] {
+        let Some(fleet) = Fleet::start(engine, 2, Upstream::counting(), "") else { return };
+        for n in 0..3 {
+            let key = format!("late-{n}-");
+            fleet.proxies[0].hold(&key);
+            let began = Instant::now();
+            let mut client = fleet.begin(0, &key);
+            eventually("the claim is on its way", || (fleet.proxies[0].held() > 0).then_some(()));
+            let first = client.read();
+            let took = began.elapsed();
+            assert!(took < TIMEOUT + MARGIN, "{took:?}");
+            thread::sleep(late.saturating_sub(began.elapsed()));
+            fleet.proxies[0].release();
+            let executed = fleet.upstream.executions(&key);
+            match problem(&first).as_deref() {
+                // Its second try, on another connection, has been quick enough.
+                None => assert_eq!((first.status, executed), (201, 1), "{first:?}"),
+                Some("store_unavailable") => assert_eq!(executed, 0),
+                _ => panic!("{first:?}"),
+            }
+            let last = succeeds(&fleet, 1, &key);
+            if executed == 1 {
+                assert_same(&key, &first, &last);
+            }
+            assert_eq!(succeeds(&fleet, 0, &key).text(), last.text());
+        }
+    }
+}
+
+fn an_outcome_that_finds_no_store_is_delivered_and_recorded_later(engine: Engine) {
+    // Back before the lease is over, and after it.
+    for outage in [Duration::ZERO, LEASE + LEASE / 4] {
+        let gate = Gate::default();
+        let Some(fleet) = Fleet::alone(engine, 2, Upstream::holding(&gate), "") else { return };
+        let mut owner = fleet.begin(0, "k");
+        fleet.upstream.wait_for(1);
+        fleet.server.kill();
+        fleet.wait_for_store(0, false);
+        gate.open();
+        let began = Instant::now();
+        let first = owner.read();
+        assert_eq!((first.status, first.text().as_str()), (201, "run 1"), "the caller is not to suffer");
+        assert!(began.elapsed() < TIMEOUT + MARGIN);
+        thread::sleep(outage);
+        fleet.server.restart();
+        fleet.wait_for_store(1, true);
+        let replay = eventually("it is recorded", || Some(fleet.post(1, "k")).filter(|answer| answer.status == 201));
+        assert!(replay.replayed(), "{replay:?}");
+        assert_same("k", &first, &replay);
+        assert_same("k", &first, &fleet.settled(0, "k"));
+        fleet.executed_once("k");
+    }
+}
+
+fn a_settlement_whose_answer_is_lost_is_recorded_once(engine: Engine) {
+    let gate = Gate::default();
+    let Some(fleet) = Fleet::start(engine, 2, Upstream::holding(&gate), "") else { return };
+    let keys = (0..6).map(|n| format!("settle-{n}-")).collect::<Vec<_>>();
+    let mut owners = keys.iter().map(|key| fleet.begin(0, key)).collect::<Vec<_>>();
+    fleet.upstream.wait_for(keys.len());
+    keys.iter().for_each(|key| fleet.proxies[0].lose_answer_to(key));
+    gate.open();
+    for (key, owner) in keys.iter().zip(&mut owners) {
+        let first = owner.read();
+        assert_eq!(first.status, 201, "{first:?}");
+        assert_same(key, &first, &succeeds(&fleet, 1, key));
+    }
+    assert!(fleet.proxies[0].lost() > 0);
+}
+
+fn those_who_wait_elsewhere_live_through_an_outage(engine: Engine) {
+    let gate = Gate::default();
+    let Some(fleet) = Fleet::start(engine, 2, Upstream::holding(&gate), "") else { return };
+    let mut owner = fleet.begin(0, "k");
+    fleet.upstream.wait_for(1);
+    let mut waiter = fleet.begin(1, "k");
+    eventually("it waits", || (fleet.gateways[1].metric("oncegate_waiters") == 1.0).then_some(()));
+    // Shorter than a lease.
+    fleet.proxies.iter().for_each(|proxy| proxy.refuse(true));
+    fleet.wait_for_store(1, false);
+    fleet.proxies.iter().for_each(|proxy| proxy.refuse(false));
+    fleet.wait_for_store(0, true);
+    fleet.wait_for_store(1, true);
+    gate.open();
+    let (first, second) = (owner.read(), waiter.read());
+    assert_eq!((first.status, first.text().as_str()), (201, "run 1"));
+    assert_same("k", &first, &second);
+    fleet.executed_once("k");
+}
+
+fn where_the_operator_says_so_requests_pass_without_a_record_and_are_counted(engine: Engine) {
+    let Some(fleet) = Fleet::alone(engine, 1, Upstream::counting(), "idempotency.on_store_error = \"pass\"") else {
+        return;
+    };
+    let passes = || fleet.gateways[0].metric("oncegate_unrecorded_passes_total");
+    assert_eq!(fleet.post(0, "before").status, 201);
+    assert_eq!(passes(), 0.0);
+    fleet.server.kill();
+    for n in 1..=3 {
+        let answer = fleet.post(0, "k");
+        assert_eq!((answer.status, answer.replayed()), (201, false));
+        assert_eq!((fleet.upstream.executions("k"), passes()), (n, n as f64), "that is what he has chosen");
+    }
+    fleet.server.restart();
+    fleet.wait_for_store(0, true);
+    eventually("it is recorded again", || fleet.post(0, "k").replayed().then_some(()));
+    assert_eq!(fleet.upstream.executions("k"), 4);
+}
+
+fn a_gateway_whose_connections_are_cut_connects_again_by_itself(engine: Engine) {
+    let Some(fleet) = Fleet::start(engine, 2, Upstream::counting(), "") else { return };
+    for n in 0..30 {
+        let key = format!("k{n}");
+        assert!(fleet.proxies[0].cut() > 0 || n > 0);
+        succeeds(&fleet, 0, &key);
+        assert!(fleet.settled(1, &key).replayed());
+    }
+    let back = takes("the store is there", || fleet.gateways[0].metric("oncegate_store_unreachable") == 0.0);
+    assert!(back < Duration::from_secs(5), "{back:?}");
+}
+
+for_each_store! {
+    without_the_store_keyed_requests_are_refused_and_all_else_passes
+    a_store_that_answers_nothing_refuses_in_time_and_hangs_nobody
+    a_claim_whose_answer_is_lost_is_executed_once_or_given_back
+    a_single_lost_answer_costs_a_caller_nothing
+    a_claim_that_arrives_late_is_refused_by_the_store_or_given_back
+    an_outcome_that_finds_no_store_is_delivered_and_recorded_later
+    a_settlement_whose_answer_is_lost_is_recorded_once
+    those_who_wait_elsewhere_live_through_an_outage
+    where_the_operator_says_so_requests_pass_without_a_record_and_are_counted
+    a_gateway_whose_connections_are_cut_connects_again_by_itself
+}
