@@ -1,7 +1,15 @@
 //! A store in Redis (6.2 or later; Valkey), shared by several gateways.
 //!
-//! One command is one round trip: `GET`, or a script that compares and writes. What all requests ask at a time goes out in
-//! one write (`link`). Entries expire by Redis itself, at the very time they name.
+//! One operation is one round trip: `GET`, or a script that compares and writes. What all requests ask at a time goes out
+//! in one write (`link`). Entries expire by Redis itself, at the very time they name.
+//!
+//! What is acknowledged is as safe as the server makes it. Without an append-only file a restart forgets all, or all since
+//! the last snapshot; with `appendfsync everysec` a power cut may take the last two seconds. With `always`, and
+//! `no-appendfsync-on-rewrite no` (else a rewrite of the file suspends it), nothing that was acknowledged is lost with the
+//! server: that is what `strict` asks for. A failover is another matter: replicas lag, and whatever the new master has not got
+//! is gone, however safe it was on the old one's disk. `wait_replicas` acknowledges only what so many replicas have, and
+//! then it depends on one of these being promoted. A master that restarts empty, before anybody has noticed, empties its
+//! replicas too: it should not restart by itself without an append-only file.
 
 mod cluster;
 mod dial;
@@ -80,6 +88,9 @@ impl Redis {
     /// One server at a time.
     async fn one(common: Arc<Common>) -> Result<Self, DialError> {
         let connected = common.dialer.connect(&Place::Master).await?;
+        if !connected.appends {
+            warn_of_memory(&common);
+        }
         let (time, stats) = (StoreTime::new(connected.now_ms), Arc::new(Stats::default()));
         let (watches, interests) = Watches::new();
         let (link, driver) = Driver::new(Parts {
@@ -247,7 +258,7 @@ impl Core {
                 let reason = "it came to the store too late".to_owned();
                 Err(StoreError::Unavailable { reason, may_land_until_ms: None })
             }
-            _ => Err(odd()),
+            _ => Err(odd(Some(deadline_ms))),
         }
     }
 
@@ -270,7 +281,7 @@ impl Core {
             Reply::Bulk(bytes) => Ok(told(Layout::entry(id, bytes)?, new.as_ref())),
             Reply::Nil if removes && answer.again => Ok(Swap::Done(version)),
             Reply::Nil => Ok(Swap::Conflict(None)),
-            _ => Err(odd()),
+            _ => Err(odd(Some(deadline_ms))),
         }
     }
 }
@@ -287,13 +298,21 @@ fn accepted(answer: Answer) -> Result<Reply, StoreError> {
     }
 }
 
+fn warn_of_memory(common: &Common) {
+    let place = &common.dialer.place;
+    tracing::warn!(
+        place,
+        "the server has no append-only file: when it restarts, keys are forgotten and may be executed again"
+    );
+}
+
 /// What stands there is our own write if it equals it: then the answer to an earlier attempt was lost.
 fn told(found: Entry, new: Option<&Value>) -> Swap {
     if Some(&found.value) == new { Swap::Done(found.version) } else { Swap::Conflict(Some(found)) }
 }
 
-fn odd() -> StoreError {
-    StoreError::Unavailable { reason: "it answered something unheard of".to_owned(), may_land_until_ms: Some(u64::MAX) }
+fn odd(may_land_until_ms: Option<u64>) -> StoreError {
+    StoreError::Unavailable { reason: "it answered something unheard of".to_owned(), may_land_until_ms }
 }
 
 fn millis(duration: Duration) -> u64 {
@@ -310,7 +329,7 @@ impl Store for Redis {
                 detail: "something that is not a string stands under its key".to_owned(),
             }),
             Reply::Error(reason) => Err(StoreError::Unavailable { reason, may_land_until_ms: None }),
-            _ => Err(odd()),
+            _ => Err(odd(None)),
         }
     }
 

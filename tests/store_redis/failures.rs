@@ -2,6 +2,7 @@
 
 use super::proxy::Proxy;
 use super::*;
+use servers::Value as Reply;
 use std::sync::Arc;
 
 #[tokio::test]
@@ -159,6 +160,24 @@ async fn a_server_that_stands_still_is_given_up_in_time_and_what_it_does_late_is
         stats.contains("cmdstat_evalsha:calls=2,") || stats.contains("cmdstat_evalsha:calls=3,"),
         "it did come: {stats}"
     );
+}
+
+#[tokio::test]
+async fn a_server_that_stands_still_is_noticed_without_traffic() {
+    if !installed() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let store = open_hasty(&server.url(), 400).await;
+    let before = now_ms(&store);
+    server.pause();
+    until("the heartbeat misses it", async || store.status().health == Health::Unreachable).await;
+    assert!(now_ms(&store) > before + 1000, "the store's time goes on meanwhile");
+    server.resume();
+    until("it is back", async || store.status().health == Health::Ok).await;
+    let Reply::Array(time) = server.client().ask(&["TIME"]) else { panic!() };
+    let server_ms = time[0].text().parse::<u64>().unwrap() * 1000 + time[1].text().parse::<u64>().unwrap() / 1000;
+    assert!(now_ms(&store).abs_diff(server_ms) < 500, "{} {server_ms}", now_ms(&store));
 }
 
 #[tokio::test]

@@ -45,6 +45,9 @@ impl Cluster {
                 connections.insert(address.clone(), common.dialer.connect(&Place::Node(address.clone())).await?);
             }
         }
+        if connections.values().any(|connected| !connected.appends) {
+            super::warn_of_memory(&common);
+        }
         let first = table.first().and_then(|first| connections.get(first));
         let time = StoreTime::new(first.map_or(0, |connected| connected.now_ms));
         let (bounce, bounced) = mpsc::unbounded_channel();

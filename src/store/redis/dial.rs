@@ -81,6 +81,8 @@ impl Connection {
 pub(super) struct Connected {
     pub(super) connection: Connection,
     pub(super) now_ms: u64,
+    /// Whether the server has an append-only file.
+    pub(super) appends: bool,
 }
 
 /// Where to.
@@ -182,14 +184,15 @@ impl Dialer {
         let replies = connection.ask(&[&[b"INFO"], &[b"TIME"]]).await?;
         let [info, time] = <[Reply; 2]>::try_from(replies).map_err(|_| unreachable("too few answers"))?;
         let info = accepted(Some(info), "INFO")?.bulk().unwrap_or_default();
-        let checked = self.check(&String::from_utf8_lossy(&info));
-        checked?;
+        let info = String::from_utf8_lossy(&info);
+        self.check(&info)?;
+        let appends = field(&info, "aof_enabled") == Some("1");
         if self.strict {
             self.check_strict(&mut connection).await?;
         }
         let time = accepted(Some(time), "TIME")?;
         let now_ms = time.time_ms().ok_or_else(|| unreachable("TIME answered something else"))?;
-        Ok(Connected { connection, now_ms })
+        Ok(Connected { connection, now_ms, appends })
     }
 
     /// A connection to whatever is there.
@@ -218,8 +221,7 @@ impl Dialer {
     }
 
     fn check(&self, info: &str) -> Result<(), DialError> {
-        let field =
-            |name: &str| info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
+        let field = |name: &str| field(info, name);
         let version = field("redis_version").unwrap_or_default();
         let mut numbers = version.split('.').map(|number| number.parse::<u32>().unwrap_or(0));
         let version_at_least = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
@@ -279,10 +281,21 @@ pub(super) fn address(reply: Reply) -> Option<Address> {
     Some(Address::Tcp(host, u16::try_from(port).ok()?))
 }
 
+/// A line of `INFO`.
+fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
+    info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+}
+
+/// What servers answer that may serve soon.
+const PASSING: [&str; 5] = ["LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "ERR max number of clients"];
+
 fn accepted(reply: Option<Reply>, what: &str) -> Result<Reply, DialError> {
     match reply {
-        Some(Reply::Error(error)) if error.starts_with("LOADING") => Err(unreachable("it still loads its data")),
-        Some(Reply::Error(error)) => Err(DialError::Refused(format!("{what}: {error}"))),
+        Some(Reply::Error(error)) => {
+            let passes = PASSING.iter().any(|word| error.starts_with(word));
+            let reason = format!("{what}: {error}");
+            Err(if passes { DialError::Unreachable(reason) } else { DialError::Refused(reason) })
+        }
         Some(reply) => Ok(reply),
         None => Err(unreachable("no answer")),
     }

@@ -393,3 +393,44 @@ fn push_expiry(out: &mut Output, expires_at_ms: Option<u64>) {
         None => out.argument(b""),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: RecordId = RecordId([0xa7; 16]);
+
+    #[test]
+    fn keys_and_members_name_the_id() {
+        let layout = Layout::new("p:*", true);
+        assert_eq!(layout.key(ID), b"p:*:{a7}:a7a7a7a7a7a7a7a7a7a7a7a7a7a7a7a7");
+        assert_eq!(layout.id(&layout.key(ID)), Some(ID));
+        for other in
+            ["", "a7a7a7a7a7a7a7a7a7a7a7a7a7a7a7a7", "q:*:{a7}:a7a7a7a7a7a7a7a7a7a7a7a7a7a7a7a7", "p:*:{a7}:unknown"]
+        {
+            assert_eq!(layout.id(other.as_bytes()), None, "{other}");
+        }
+        assert_eq!(layout.unknown(0x0a), b"p:*:{0a}:unknown");
+        assert_eq!(layout.setting("secret"), b"p:*:{00}:setting:secret");
+        assert!(layout.pattern().starts_with(b"p:\\*:{??}:????"));
+        assert_eq!(read_member(&member(ID, Some(7))), Some((Some(7), ID)));
+        assert_eq!(read_member(&member(ID, None)), Some((None, ID)));
+        assert_eq!(read_member(b"short"), None);
+    }
+
+    #[test]
+    fn entries_are_as_written() {
+        for (tag, expires_at_ms) in [(0, None), (3, Some(u64::MAX))] {
+            let value = Value { tag: Tag(tag), expires_at_ms, bytes: Bytes::from_static(b"bytes") };
+            let mut out = Output::default();
+            push_entry(&mut out, Some(Version(7)), &value);
+            let written = out.into_bytes();
+            let entry = written.strip_prefix(b"$22\r\n").and_then(|rest| rest.strip_suffix(b"\r\n")).unwrap();
+            let read = Layout::entry(ID, Bytes::copy_from_slice(entry)).unwrap();
+            assert_eq!(read, Entry { version: Version(7), value });
+            for len in 0..HEADER {
+                assert!(Layout::entry(ID, Bytes::copy_from_slice(&entry[..len])).is_err());
+            }
+        }
+    }
+}

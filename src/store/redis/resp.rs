@@ -312,3 +312,117 @@ impl Buf for Output {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn bulk(text: &str) -> Reply {
+        Reply::Bulk(Bytes::copy_from_slice(text.as_bytes()))
+    }
+
+    /// Both a small string and one that is not copied.
+    fn sample() -> (Vec<u8>, Vec<Reply>) {
+        let large = "x".repeat(LARGE);
+        let text = format!(
+            "+OK\r\n:-7\r\n$0\r\n\r\n$-1\r\n-ERR no\r\n${LARGE}\r\n{large}\r\n\
+             *3\r\n$2\r\n\r\n\r\n*0\r\n*-1\r\n*1\r\n${LARGE}\r\n{large}\r\n:9223372036854775807\r\n"
+        );
+        let replies = vec![
+            Reply::Status(Bytes::from_static(b"OK")),
+            Reply::Int(-7),
+            bulk(""),
+            Reply::Nil,
+            Reply::Error("ERR no".to_owned()),
+            bulk(&large),
+            Reply::Array(vec![bulk("\r\n"), Reply::Array(vec![]), Reply::Nil]),
+            Reply::Array(vec![bulk(&large)]),
+            Reply::Int(i64::MAX),
+        ];
+        (text.into_bytes(), replies)
+    }
+
+    fn read(pieces: impl IntoIterator<Item = impl AsRef<[u8]>>) -> Result<Vec<Reply>, NotResp> {
+        let (mut input, mut replies) = (Input::default(), Vec::new());
+        for piece in pieces {
+            input.bytes.extend_from_slice(piece.as_ref());
+            while let Some(reply) = input.next()? {
+                replies.push(reply);
+            }
+        }
+        Ok(replies)
+    }
+
+    #[test]
+    fn replies_are_understood_however_they_arrive() {
+        let (bytes, replies) = sample();
+        assert_eq!(read([&bytes]), Ok(replies.clone()));
+        assert_eq!(read(bytes.chunks(1)), Ok(replies.clone()));
+        for size in [2, 3, 7, 64, 1000, 8191] {
+            assert_eq!(read(bytes.chunks(size)), Ok(replies.clone()), "{size} at a time");
+        }
+    }
+
+    #[test]
+    fn what_is_no_reply_is_said_to_be_none() {
+        let deep = "*1\r\n".repeat(20);
+        let long = format!("+{}", "x".repeat(LINE_MAX + 2));
+        for wrong in [
+            "HTTP/1.1 400\r\n",
+            "\r\n",
+            ":x\r\n",
+            "$-2\r\n",
+            "$99999999999\r\n",
+            "*9999999\r\n",
+            "+a\n",
+            "$1\r\nabc",
+            &deep,
+            &long,
+        ] {
+            assert_eq!(read([wrong]), Err(NotResp), "{wrong:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes in prop::collection::vec(prop::sample::select(&b"$*:+-0123\r\nab"[..]), 0..60)) {
+            let whole = read([&bytes]);
+            let pieces = read(bytes.chunks(1));
+            if let (Ok(whole), Ok(pieces)) = (whole, pieces) {
+                prop_assert_eq!(whole, pieces);
+            }
+        }
+    }
+
+    #[test]
+    fn commands_are_written_with_large_values_as_they_are() {
+        let large = Bytes::from(vec![b'y'; LARGE]);
+        let mut out = Output::default();
+        out.command(3);
+        out.argument(b"SET");
+        out.number(0);
+        out.begin(LARGE + 1);
+        out.raw(b"!");
+        out.shared(&large);
+        out.end();
+        let mut expected = format!("*3\r\n$3\r\nSET\r\n$1\r\n0\r\n${}\r\n!", LARGE + 1).into_bytes();
+        expected.extend_from_slice(&large);
+        expected.extend_from_slice(b"\r\n");
+        assert_eq!(out.remaining(), expected.len());
+        let mut slices = [IoSlice::new(&[]); 8];
+        assert_eq!(out.chunks_vectored(&mut slices), 3);
+        assert_eq!(slices[1].as_ptr(), large.as_ptr());
+        // Taken away in pieces of any size.
+        let mut written = Vec::new();
+        while out.has_remaining() {
+            let n = out.chunk().len().min(7);
+            written.extend_from_slice(&out.chunk()[..n]);
+            out.advance(n);
+        }
+        assert_eq!(written, expected);
+        for number in [0, 9, 10, 1 << 40, u64::MAX] {
+            assert_eq!(decimal(number, &mut [0; 20]), number.to_string().as_bytes());
+        }
+    }
+}

@@ -39,16 +39,20 @@ impl Core {
         let (mut unknown, mut oldest_ms) = (0_u64, None);
         let buckets: Vec<u8> = (0..=u8::MAX).collect();
         for buckets in buckets.chunks(BUCKETS) {
-            let asked: Vec<_> = buckets
-                .iter()
-                .map(|bucket| {
-                    let set = self.common.layout.unknown(*bucket);
-                    let count = self.submit(Self::plain(*bucket, &[b"ZCARD", &set]));
-                    (count, self.submit(Self::plain(*bucket, &[b"ZRANGE", &set, b"0", b"0", b"WITHSCORES"])))
-                })
-                .collect();
-            for (count, oldest) in asked {
-                unknown += reply_of(count).await?.int().and_then(|count| u64::try_from(count).ok()).unwrap_or(0);
+            let ask = |bucket: &u8| {
+                let set = self.common.layout.unknown(*bucket);
+                (*bucket, self.submit(Self::plain(*bucket, &[b"ZCARD", &set])))
+            };
+            let mut oldest = Vec::new();
+            for (bucket, count) in buckets.iter().map(ask).collect::<Vec<_>>() {
+                let count = reply_of(count).await?.int().and_then(|count| u64::try_from(count).ok()).unwrap_or(0);
+                unknown += count;
+                if count > 0 {
+                    let set = self.common.layout.unknown(bucket);
+                    oldest.push(self.submit(Self::plain(bucket, &[b"ZRANGE", &set, b"0", b"0", b"WITHSCORES"])));
+                }
+            }
+            for oldest in oldest {
                 let score = scored(reply_of(oldest).await?).into_iter().next().map(|(_, score)| score);
                 oldest_ms = [oldest_ms, score].into_iter().flatten().min();
             }

@@ -89,7 +89,7 @@ impl Target {
             _ => (Mode::Single, addresses(hosts, 6379)?, parts.next()),
         };
         let database = database.unwrap_or("0").parse().map_err(|_| wrong("its database is no number"))?;
-        if parts.next().is_some() && kind != "unix" || kind != "unix" && !query.is_empty() {
+        if kind != "unix" && (parts.next().is_some() || !query.is_empty()) {
             return Err(wrong("has more parts than are understood"));
         }
         if mode == Mode::Cluster && database != 0 {
