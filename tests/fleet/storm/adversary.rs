@@ -49,6 +49,7 @@ impl Storm {
         let place = &self.places[place];
         let mut held = place.gateway.lock().unwrap();
         let mut old = held.take().unwrap();
+        self.deaths.lock().unwrap().push(Instant::now());
         old.kill();
         place.deaths.fetch_add(1, Ordering::SeqCst);
         self.counts.kills.fetch_add(1, Ordering::SeqCst);
@@ -71,6 +72,7 @@ impl Storm {
     fn freeze(&self, place: usize, time: Duration) {
         let held = self.places[place].gateway.lock().unwrap();
         let gateway = held.as_ref().unwrap();
+        self.deaths.lock().unwrap().push(Instant::now());
         signal(gateway, Signal::STOP);
         self.counts.stops.fetch_add(1, Ordering::SeqCst);
         self.pause(time);

@@ -113,7 +113,10 @@ impl Storm {
             assert!(!seen.recorded && died, "{key} was answered by gateway {place} with {:?}", seen.answer);
             ends.unrecorded += 1;
         }
-        let explained = history.crossed_a_death
+        // A claim whose caller was told that the store is unavailable is still to be given back.
+        let until = history.ended + LEASE + RECORDED_AGAIN;
+        let died = |at: &Instant| (history.began..until).contains(at);
+        let explained = self.deaths.lock().unwrap().iter().any(died)
             || visited.iter().any(|visit| !matches!(visit, Visit::Refused))
             || history.seen.is_some();
         assert!(explained, "{key}: unknown without a reason: {visited:?}");

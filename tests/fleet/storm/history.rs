@@ -2,6 +2,7 @@
 
 use crate::fleet::{assert_same, problem};
 use crate::support::Response;
+use std::time::Instant;
 
 /// What an answer says of its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,9 +41,9 @@ pub(super) struct History {
     pub(super) seen: Option<Seen>,
     pub(super) unknown: bool,
     pub(super) two_bodies: bool,
-    /// How many gateways had been killed or stopped before its first request; and whether one was before its last answer.
-    pub(super) deaths: u64,
-    pub(super) crossed_a_death: bool,
+    pub(super) began: Instant,
+    /// When the last answer came.
+    pub(super) ended: Instant,
 }
 
 /// A final answer.
@@ -56,8 +57,9 @@ pub(super) struct Seen {
 }
 
 impl History {
-    pub(super) fn new(deaths: u64, two_bodies: bool) -> Self {
-        Self { seen: None, unknown: false, two_bodies, deaths, crossed_a_death: false }
+    pub(super) fn new(two_bodies: bool) -> Self {
+        let now = Instant::now();
+        Self { seen: None, unknown: false, two_bodies, began: now, ended: now }
     }
 
     pub(super) fn see_final(&mut self, key: &str, body: usize, answer: Response, by: (usize, u64)) {
