@@ -32,6 +32,8 @@ use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 use tokio_postgres::Row;
 
+/// What making the tables may take at a start.
+const MIGRATION_MAX: Duration = Duration::from_secs(60);
 /// Entries that one sweep drops at most.
 const SWEEP_MAX: i64 = 500;
 /// Entries and bytes of a page.
@@ -90,7 +92,8 @@ impl Postgres {
         let checked = timeout(options.timeout, connector.check(&connection)).await;
         let time = StoreTime::new(checked.map_err(|_| late())??);
         // Tables may take longer than an operation: another gateway may be at it, and this one waits.
-        let made = options.migrate && schema::migrate(&mut connection, &connector).await?;
+        let made = options.migrate
+            && timeout(MIGRATION_MAX, schema::migrate(&mut connection, &connector)).await.map_err(|_| late())??;
         let survey = async {
             schema::check(&connection, &connector).await?;
             let empty = connection.client.query_typed_one(&connector.sql.empty, &[]).await;

@@ -17,6 +17,8 @@ use tokio_postgres::Row;
 const CONNECTIONS: usize = 3;
 /// Each connection is checked so often, with work and without.
 const HEARTBEAT: Duration = Duration::from_secs(5);
+/// Before what another transaction was in the way of is sent again.
+const AGAIN: Duration = Duration::from_millis(2);
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 
@@ -294,6 +296,9 @@ impl Driver {
                 vec![Failure::Lost("no answer in time".to_owned())]
             }
         };
+        if failures.iter().any(|failure| matches!(failure, Failure::Again)) {
+            sleep(AGAIN).await;
+        }
         self.finish(batch, failures)
     }
 
