@@ -3,6 +3,8 @@
 //! `ONCEGATE_FLEET_SEEDS` says how many storms are run for each store (1), `ONCEGATE_FLEET_FIRST_SEED` repeats their
 //! choices, `ONCEGATE_FLEET_KEYS` says how many keys each has (400).
 
+#![allow(clippy::duplicated_attributes, reason = "what a server is used for differs from suite to suite")]
+#![allow(clippy::while_immutable_condition, reason = "another thread changes it")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stderr)]
 
 #[path = "../servers/postgres.rs"]
