@@ -36,15 +36,15 @@ async fn unknown_entries_are_counted_and_the_index_forgets_those_that_have_expir
     let store = open(&server.url()).await;
     let before = now_ms(&store);
     let unknown = |at: Option<u64>| Value { expires_at_ms: at, ..value(UNKNOWN, "unknown") };
-    let soon = Some(now_ms(&store) + 300);
+    let soon = now_ms(&store) + 300;
     let first = put(&store, 1, None, unknown(None)).await;
     for n in 2..10 {
         let claim = put(&store, n, None, value(CLAIMED, "claim")).await;
-        put(&store, n, Some(claim), unknown(soon)).await;
+        put(&store, n, Some(claim), unknown(Some(soon))).await;
     }
     let removed = put(&store, 20, None, unknown(None)).await;
     assert!(matches!(swap(&store, 20, Some(removed), None).await.unwrap(), Swap::Done(_)));
-    let changed = put(&store, 21, None, unknown(soon)).await;
+    let changed = put(&store, 21, None, unknown(Some(soon))).await;
     put(&store, 21, Some(changed), unknown(None)).await;
 
     let status = open(&server.url()).await.status();
@@ -55,7 +55,6 @@ async fn unknown_entries_are_counted_and_the_index_forgets_those_that_have_expir
 
     put(&store, 1, Some(first), value(COMPLETED, "resolved")).await;
     until("the others expire", async || store.get(id(9)).await.unwrap().is_none()).await;
-    let soon = soon.unwrap();
     until("the index is swept", async || {
         store.sweep(now_ms(&store)).await.unwrap();
         store.status().swept == 8

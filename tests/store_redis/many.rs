@@ -94,7 +94,7 @@ async fn replicas_that_do_not_confirm_leave_it_open_whether_the_write_lasts() {
 }
 
 /// The node that has a bucket's slot.
-fn owner<'a>(nodes: &'a [Server], bucket: u8) -> &'a Server {
+fn owner(nodes: &[Server], bucket: u8) -> &Server {
     let slot = nodes[0].client().ask(&["CLUSTER", "KEYSLOT", &format!("{{{bucket:02x}}}")]);
     let Reply::Int(slot) = slot else { panic!("{slot:?}") };
     &nodes[usize::from(slot > 5460) + usize::from(slot > 10922)]
