@@ -287,8 +287,14 @@ impl AnyStore {
         Ok(match options {
             Options::Memory => Self::Memory(Box::default()),
             Options::Embedded(options) => Self::Embedded(embedded::Embedded::open(options)?),
-            Options::Redis(options) => Self::Redis(Box::new(redis::Redis::open(options).await?)),
-            Options::Postgres(options) => Self::Postgres(Box::new(postgres::Postgres::open(options).await?)),
+            Options::Redis(options) => {
+                let store = shared::open_within(options, || redis::Redis::open(options)).await?;
+                Self::Redis(Box::new(store))
+            }
+            Options::Postgres(options) => {
+                let store = shared::open_within(options, || postgres::Postgres::open(options)).await?;
+                Self::Postgres(Box::new(store))
+            }
         })
     }
 }

@@ -51,6 +51,7 @@ fn options(url: String, timeout: Duration) -> Options {
         password: None,
         prefix: prefix(),
         timeout,
+        start_timeout: Duration::ZERO,
         strict: true,
         wait_replicas: 0,
         migrate: true,

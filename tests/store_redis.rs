@@ -35,6 +35,7 @@ fn options(url: &str) -> Options {
         password: None,
         prefix: "og".to_owned(),
         timeout: Duration::from_secs(5),
+        start_timeout: Duration::ZERO,
         strict: false,
         wait_replicas: 0,
         migrate: true,

@@ -53,6 +53,7 @@ impl Engine {
 const OPERATIONS_IN_A_LEASE: u32 = 4;
 const LEASE: Duration = seconds(30);
 const TIMEOUT: Duration = seconds(2);
+const START_TIMEOUT: Duration = seconds(30);
 
 /// Reads the files of `password_file` and `[store.tls]`, too.
 pub(super) fn resolve(node: Option<Node>, errors: &mut Errors) -> Resolved {
@@ -88,6 +89,7 @@ fn shared_keys(section: &mut Section<'_>, engine: Engine, engine_at: &At, strict
     if timeout > most && is_shared {
         section.add(&timeout_at, "timeout", &format!("must be at most a quarter of store.lease, which is {lease:?}"));
     }
+    let start_timeout = section.read("start_timeout", duration(Duration::ZERO)).unwrap_or(START_TIMEOUT);
     let url_at = section.at("url");
     let url = section.read("url", |value| url(value, engine));
     let password_at = section.at("password_file");
@@ -121,7 +123,7 @@ fn shared_keys(section: &mut Section<'_>, engine: Engine, engine_at: &At, strict
     }
     let wait_replicas = u32::try_from(wait_replicas).unwrap_or(0);
     let url = url.unwrap_or_default();
-    (lease, shared::Options { url, password, prefix, timeout, strict, wait_replicas, migrate, tls })
+    (lease, shared::Options { url, password, prefix, timeout, start_timeout, strict, wait_replicas, migrate, tls })
 }
 
 /// The rest of it is for the driver to understand. It may hold a password: it is not quoted.

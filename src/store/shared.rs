@@ -11,7 +11,9 @@ pub use time::StoreTime;
 pub use watch::{Interest, Watch, Watches};
 
 use std::fmt;
+use std::future::Future;
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// `[store]`, as far as it tells of a shared store.
 #[derive(Clone)]
@@ -24,6 +26,8 @@ pub struct Options {
     pub prefix: String,
     /// For one operation, its second tries included, and for connecting.
     pub timeout: Duration,
+    /// For how long opening tries again while the store cannot be reached: it may be about to start, or to load its data.
+    pub start_timeout: Duration,
     /// Refuse a store that may lose what it has acknowledged.
     pub strict: bool,
     /// Redis: how many replicas have to have each claim and each outcome, by `WAIT`, or by `WAITAOF` if it is strict.
@@ -49,6 +53,10 @@ impl Options {
         let (scheme, rest) = self.url.split_once("://").unwrap_or(("", &self.url));
         let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
         let (authority, path) = rest.split_at(end);
+        if path.contains('@') {
+            // A password that should have been escaped, perhaps: where it ends nobody knows.
+            return format!("{scheme}://…");
+        }
         let hosts = authority.rsplit_once('@').map_or(authority, |(_, hosts)| hosts);
         let path = path.split(['?', '#']).next().unwrap_or_default();
         format!("{scheme}://{hosts}{path}")
@@ -80,6 +88,33 @@ pub enum OpenError {
     NotStrict { place: String, reason: String },
 }
 
+/// The pause before opening is tried again, doubled each time up to [`LONGEST_PAUSE`].
+const PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Opens a store, again and again while it cannot be reached and the `start_timeout` is not over.
+///
+/// # Errors
+/// Those of `open`; [`OpenError::Unreachable`] only at the end of the time.
+pub async fn open_within<S, F>(options: &Options, open: impl Fn() -> F) -> Result<S, OpenError>
+where
+    F: Future<Output = Result<S, OpenError>>,
+{
+    let (began, mut pause) = (Instant::now(), PAUSE);
+    loop {
+        match open().await {
+            Err(error @ OpenError::Unreachable { .. }) if began.elapsed() + pause < options.start_timeout => {
+                if pause == PAUSE {
+                    tracing::warn!(%error, start_timeout = ?options.start_timeout, "the start waits for the store");
+                }
+            }
+            opened => return opened,
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::Options;
@@ -92,12 +127,16 @@ mod tests {
             ("rediss://user:s3cret@h:1/0?insecure=s3cret", "rediss://h:1/0"),
             ("postgres://u:p@s3cret@h/db?password=s3cret", "postgres://h/db"),
             ("redis+cluster://u:s3cret@a:1,b:2", "redis+cluster://a:1,b:2"),
+            ("redis://u:s3cret@s3cret@h:1/0", "redis://h:1/0"),
+            ("redis://u:s3cret/s3cret@h:1/0", "redis://…"),
+            ("postgres://u@h/db?password=p@s3cret", "postgres://…"),
         ] {
             let options = Options {
                 url: url.to_owned(),
                 password: Some("s3cret".to_owned()),
                 prefix: "oncegate".to_owned(),
                 timeout: Duration::from_secs(2),
+                start_timeout: Duration::ZERO,
                 strict: true,
                 wait_replicas: 0,
                 migrate: true,

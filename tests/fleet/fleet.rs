@@ -67,19 +67,12 @@ impl Fleet {
         fleet
     }
 
-    /// Starts one more gateway. On a busy machine the store may be too slow for its first try.
+    /// Starts one more gateway.
     pub(crate) fn join(&mut self, further: &str, environment: &[(&str, &str)]) -> Result<(), Refusal> {
         let proxy = Proxy::before(self.server.addr());
         let settings = settings(self.server.engine(), &self.server.url(proxy.addr), &self.prefix, further);
         let dir = Arc::new(tempfile::tempdir().unwrap());
-        let mut tries = 0;
-        let gateway = loop {
-            tries += 1;
-            match Gateway::try_start(Arc::clone(&dir), &self.upstream.url(), &settings, &[], environment) {
-                Err(refusal) if refusal.code == Some(1) && tries < 5 => eprintln!("once more: {refusal:?}"),
-                started => break started?,
-            }
-        };
+        let gateway = Gateway::try_start(dir, &self.upstream.url(), &settings, &[], environment)?;
         self.gateways.push(gateway);
         self.proxies.push(proxy);
         Ok(())

@@ -29,6 +29,7 @@ struct State {
     stalled: bool,
     /// Connections end at once.
     refusing: bool,
+    refused: usize,
     /// What requests contain whose answers are to be lost, once each.
     losses: Vec<Vec<u8>>,
     /// What a request contains that is to be held, with all that comes behind it.
@@ -106,6 +107,11 @@ impl Proxy {
         }
     }
 
+    /// How many connections it has not taken.
+    pub(crate) fn refused(&self) -> usize {
+        self.shared.state.lock().unwrap().refused
+    }
+
     /// No faults from now on.
     pub(crate) fn mend(&self) {
         self.set(|state| {
@@ -133,8 +139,12 @@ fn contains(bytes: &[u8], marker: &[u8]) -> bool {
 
 impl Shared {
     fn link(self: &Arc<Self>, client: TcpStream) {
-        if self.state.lock().unwrap().refusing {
-            return;
+        {
+            let mut state = self.state.lock().unwrap();
+            if state.refusing {
+                state.refused += 1;
+                return;
+            }
         }
         let Ok(server) = TcpStream::connect(self.to) else { return };
         for stream in [&client, &server] {

@@ -2,10 +2,11 @@
 
 use crate::fleet::{Fleet, fresh_prefix, settings};
 use crate::postgres_server;
+use crate::proxy::Proxy;
 use crate::redis_server;
 use crate::server::{Engine, Server};
 use crate::support::gateway::Refusal;
-use crate::support::{Gateway, Upstream};
+use crate::support::{Gateway, Upstream, eventually};
 use std::net::TcpListener;
 use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
@@ -73,8 +74,22 @@ fn a_store_that_is_not_there_is_an_error_that_says_where_it_was_looked_for(engin
         Engine::Redis => format!("redis://user:{SECRET}@{nobody}"),
         Engine::Postgres => format!("postgres://user:{SECRET}@{nobody}/db?sslmode=disable"),
     };
-    let said = refused(try_start(engine, &url, &Upstream::counting(), ""), 1);
+    let said = refused(try_start(engine, &url, &Upstream::counting(), "store.start_timeout = \"300ms\""), 1);
     assert!(said.contains(&nobody.to_string()) && said.contains("cannot be reached"), "{said}");
+}
+
+fn a_start_waits_for_a_store_that_is_about_to_start(engine: Engine) {
+    let Some(server) = Server::shared(engine) else { return };
+    let (proxy, upstream) = (Proxy::before(server.addr()), Upstream::counting());
+    proxy.refuse(true);
+    let gateway = thread::scope(|scope| {
+        let starting = scope.spawn(|| try_start(engine, &server.url(proxy.addr), &upstream, ""));
+        eventually("it has tried more than once", || (proxy.refused() > 1).then_some(()));
+        proxy.refuse(false);
+        starting.join().unwrap().unwrap()
+    });
+    assert!(gateway.log().contains("the start waits for the store"));
+    assert_eq!(gateway.post("k", "{}").status, 201);
 }
 
 fn a_store_that_may_lose_what_it_acknowledged_is_refused_unless_the_operator_accepts_that(engine: Engine) {
@@ -178,6 +193,7 @@ fn refused_join(fleet: &mut Fleet, further: &str) -> String {
 for_each_store! {
     a_wrong_password_is_refused_without_showing_it
     a_store_that_is_not_there_is_an_error_that_says_where_it_was_looked_for
+    a_start_waits_for_a_store_that_is_about_to_start
     a_store_that_may_lose_what_it_acknowledged_is_refused_unless_the_operator_accepts_that
     gateways_that_start_at_once_over_an_empty_store_agree
     fleets_with_prefixes_of_their_own_share_a_server_but_no_keys

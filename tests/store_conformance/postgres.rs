@@ -31,6 +31,7 @@ fn in_postgres() -> Option<InPostgres> {
         password: None,
         prefix: format!("t{}", TABLES.fetch_add(1, Ordering::Relaxed)),
         timeout: Duration::from_secs(20),
+        start_timeout: Duration::ZERO,
         strict: true,
         wait_replicas: 0,
         migrate: true,

@@ -25,6 +25,7 @@ impl Backend for InRedis {
             password: None,
             prefix: "suite*".to_owned(),
             timeout: Duration::from_secs(10),
+            start_timeout: Duration::ZERO,
             strict: false,
             wait_replicas: 0,
             migrate: true,

@@ -148,6 +148,7 @@ mod tests {
             password: password.map(str::to_owned),
             prefix: "oncegate".to_owned(),
             timeout: Duration::from_secs(1),
+            start_timeout: Duration::ZERO,
             strict: false,
             wait_replicas: 0,
             migrate: false,
