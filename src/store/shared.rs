@@ -90,7 +90,7 @@ pub enum OpenError {
 
 /// The pause before opening is tried again, doubled each time up to [`LONGEST_PAUSE`].
 const PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(400);
 
 /// Opens a store, again and again while it cannot be reached and the `start_timeout` is not over.
 ///

@@ -1,7 +1,8 @@
 //! Several gateways over one shared store, a real Redis or PostgreSQL: what they promise together, and under attack.
 //!
 //! `ONCEGATE_FLEET_SEEDS` says how many storms are run for each store (1), `ONCEGATE_FLEET_FIRST_SEED` repeats their
-//! choices, `ONCEGATE_FLEET_KEYS` says how many keys each has (400).
+//! choices, `ONCEGATE_FLEET_KEYS` says how many keys each has (400) and `ONCEGATE_FLEET_CLIENTS` how many
+//! clients send them (10).
 
 #![allow(clippy::duplicated_attributes, reason = "what a server is used for differs from suite to suite")]
 #![allow(clippy::while_immutable_condition, reason = "another thread changes it")]

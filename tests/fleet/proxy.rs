@@ -71,6 +71,11 @@ impl Proxy {
         self.set(|state| state.losses.push(marker.as_bytes().to_vec()));
     }
 
+    /// How many are yet to be lost.
+    pub(crate) fn losses(&self) -> usize {
+        self.shared.state.lock().unwrap().losses.len()
+    }
+
     /// How many answers were lost.
     pub(crate) fn lost(&self) -> usize {
         self.shared.state.lock().unwrap().lost

@@ -18,7 +18,6 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 const GATEWAYS: usize = 3;
-const CLIENTS: u64 = 10;
 const RESPONSE_TIMEOUT: Duration = Duration::from_millis(600);
 const LATE_WINDOW: Duration = Duration::from_millis(1000);
 const SETTINGS: &str = "upstream.response_timeout = \"600ms\"\nupstream.late_window = \"1000ms\"\n\
@@ -283,7 +282,7 @@ fn storms(engine: Engine) {
 }
 
 fn storm(server: Arc<Server>, seed: u64, keys: u64) {
-    let began = Instant::now();
+    let (began, clients) = (Instant::now(), number("ONCEGATE_FLEET_CLIENTS").unwrap_or(10));
     let visits = Arc::new(Visits { seed, calm: AtomicBool::new(false), by_key: Mutex::default() });
     let environment = vec![("RUST_LOG", "oncegate=warn,oncegate::run=info")];
     // One of them always asks the store.
@@ -326,7 +325,7 @@ fn storm(server: Arc<Server>, seed: u64, keys: u64) {
         scope.spawn(|| storm.trouble_gateways());
         scope.spawn(|| storm.trouble_networks());
         scope.spawn(|| storm.trouble_the_store());
-        let clients = (0..CLIENTS).map(|thread| scope.spawn(move || storm.client(thread))).collect::<Vec<_>>();
+        let clients = (0..clients).map(|thread| scope.spawn(move || storm.client(thread))).collect::<Vec<_>>();
         for client in clients {
             client.join().unwrap();
         }

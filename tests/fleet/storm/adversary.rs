@@ -88,7 +88,11 @@ impl Storm {
                 0..25 => {
                     self.counts.cuts.fetch_add(proxy.cut() as u64, Ordering::Relaxed);
                 }
-                25..70 => (0..=random.below(3)).for_each(|_| proxy.lose_answer_to("")),
+                25..70 => {
+                    let more = random.below(4) as usize + 1;
+                    // Without a bound, who connects while nobody else asks would lose one after the other.
+                    (proxy.losses()..more).for_each(|_| proxy.lose_answer_to(""));
+                }
                 70..80 => {
                     self.counts.stalls.fetch_add(1, Ordering::Relaxed);
                     proxy.stall(true);

@@ -4,12 +4,17 @@ use super::history::{Answer, History, classify};
 use super::{BODIES, Storm, Visit};
 use crate::fleet::{LEASE, assert_same};
 use crate::support::{Response, call, eventually, post};
+use std::net::SocketAddr;
+use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// An outcome that could not be recorded is tried again at least as often as that.
 const RECORDED_AGAIN: Duration = Duration::from_secs(2);
+
+/// How many keys are asked about at a time.
+const AUDITORS: usize = 8;
 
 /// What became of the keys.
 #[derive(Default)]
@@ -33,26 +38,19 @@ impl Storm {
             eventually("nothing is late", || (gateway.metric("oncegate_upstream_in_flight") == 0.0).then_some(()));
         }
         thread::sleep(RECORDED_AGAIN);
-        let mut ends = Ends::default();
-        for (key, history) in &*self.histories.lock().unwrap() {
-            let visited = self.visits.by_key.lock().unwrap().get(key).cloned().unwrap_or_default();
-            // Those whose owner has died are in progress for a lease.
-            let first = self.settled(addrs[0], key);
-            let answers = addrs.iter().map(|addr| call(*addr, post("/posts", key, BODIES[self.body_of(key)])));
-            let answers = answers.collect::<Vec<_>>();
-            for answer in &answers {
-                match classify(&first) {
-                    Answer::Final => {
-                        assert!(answer.replayed(), "{key}: {answer:?}");
-                        assert_same(key, &first, answer);
+        let ends = Mutex::new(Ends::default());
+        let histories = self.histories.lock().unwrap();
+        let keys = Mutex::new(histories.iter());
+        thread::scope(|scope| {
+            for _ in 0..AUDITORS {
+                scope.spawn(|| {
+                    while let Some((key, history)) = { keys.lock().unwrap() }.next() {
+                        self.audit_one(&addrs, key, history, &ends);
                     }
-                    _ => assert_eq!(classify(answer), Answer::Unknown, "{key}: {answer:?}"),
-                }
+                });
             }
-            self.judge(key, history, &visited, &first, &mut ends);
-            let other = call(addrs[key.len() % addrs.len()], post("/posts", key, "{\"body\":\"a third\"}"));
-            assert_eq!(classify(&other), Answer::KeyReused, "{key}: {other:?}");
-        }
+        });
+        let ends = ends.into_inner().unwrap();
         let graves = self.graves.lock().unwrap();
         let unrecorded = graves.iter().map(|dead| dead.log().matches("an outcome could not be recorded").count());
         let unrecorded = unrecorded.sum::<usize>() as u64;
@@ -65,8 +63,28 @@ impl Storm {
         assert!(ends.final_ > 0, "there was no load");
     }
 
+    fn audit_one(&self, addrs: &[SocketAddr], key: &str, history: &History, ends: &Mutex<Ends>) {
+        let visited = self.visits.by_key.lock().unwrap().get(key).cloned().unwrap_or_default();
+        // Those whose owner has died are in progress for a lease.
+        let first = self.settled(addrs[0], key);
+        let answers = addrs.iter().map(|addr| call(*addr, post("/posts", key, BODIES[self.body_of(key)])));
+        let answers = answers.collect::<Vec<_>>();
+        for answer in &answers {
+            match classify(&first) {
+                Answer::Final => {
+                    assert!(answer.replayed(), "{key}: {answer:?}");
+                    assert_same(key, &first, answer);
+                }
+                _ => assert_eq!(classify(answer), Answer::Unknown, "{key}: {answer:?}"),
+            }
+        }
+        self.judge(key, history, &visited, &first, &mut ends.lock().unwrap());
+        let other = call(addrs[key.len() % addrs.len()], post("/posts", key, "{\"body\":\"a third\"}"));
+        assert_eq!(classify(&other), Answer::KeyReused, "{key}: {other:?}");
+    }
+
     /// What the key says once nobody works on it any more: and that has to come.
-    fn settled(&self, addr: std::net::SocketAddr, key: &str) -> Response {
+    fn settled(&self, addr: SocketAddr, key: &str) -> Response {
         let began = Instant::now();
         loop {
             let answer = call(addr, post("/posts", key, BODIES[self.body_of(key)]));
