@@ -3,6 +3,7 @@
 //! All keep connections to the upstream, write no access log, and tell the upstream who asked (`X-Forwarded-*`).
 
 use crate::measure::{self, Cores, Tree};
+use crate::servers::{self, Server};
 use crate::workloads::{Front, Workload};
 use anyhow::{Context, Result, bail};
 use std::fmt;
@@ -42,13 +43,11 @@ impl Kind {
             let name = if engine == "sled" { build.to_owned() } else { format!("{build}-{engine}") };
             Self::Oncegate(Box::leak(Box::new(Gateway { name, engine, binary: binary.to_owned() })))
         };
-        ["sled", "fjall", "memory", REDIS].map(kind).to_vec()
+        ["sled", "fjall", "memory", "redis", "postgres"].map(kind).to_vec()
     }
 }
 
 pub const PEERS: [Kind; 5] = [Kind::Direct, Kind::Nginx, Kind::NginxCache, Kind::Haproxy, Kind::IdempotentProxy];
-/// The engine that needs a server beside it.
-pub const REDIS: &str = "redis";
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -81,8 +80,8 @@ impl Kind {
                 return installed.with_context(|| format!("{IDEMPOTENT_PROXY} is not installed"));
             }
             Self::Oncegate(gateway) => {
-                if gateway.engine == REDIS {
-                    first_line(REDIS_SERVER, "--version")?;
+                if let Some(server) = servers::Kind::of(gateway.engine) {
+                    server.version()?;
                 }
                 let version = first_line(&gateway.binary.to_string_lossy(), "--version")?;
                 return Ok(format!("{}: {version}", gateway.name));
@@ -93,7 +92,6 @@ impl Kind {
 }
 
 const IDEMPOTENT_PROXY: &str = "idempotent-proxy-server";
-const REDIS_SERVER: &str = "redis-server";
 
 /// The first line that a program says, on either stream.
 pub fn first_line(program: &str, argument: &str) -> Result<String> {
@@ -143,44 +141,7 @@ pub struct Contestant {
     stderr: PathBuf,
     child: Child,
     /// Whose costs are its own, too; ended after it.
-    redis: Option<Redis>,
-}
-
-/// A server that flushes every write before it answers.
-struct Redis {
-    child: Child,
-    address: SocketAddr,
-}
-
-impl Redis {
-    fn start(setting: &Setting<'_>, dir: &Path) -> Result<Self> {
-        fs::create_dir_all(dir)?;
-        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-        let mut command = command(REDIS_SERVER);
-        command.args(["--port", &address.port().to_string(), "--bind", "127.0.0.1", "--save", "", "--dir"]).arg(dir);
-        command.args(["--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction"]);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        measure::pin(setting.cores.proxy)?;
-        let child = command.spawn();
-        measure::pin(setting.cores.ends)?;
-        let mut redis = Self { child: child.context(REDIS_SERVER)?, address };
-        let deadline = Instant::now() + PATIENCE;
-        while TcpStream::connect(address).is_err() {
-            if redis.child.try_wait()?.is_some() || Instant::now() > deadline {
-                bail!("{REDIS_SERVER} does not listen");
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        Ok(redis)
-    }
-}
-
-impl Drop for Redis {
-    fn drop(&mut self) {
-        let _ =
-            rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), rustix::process::Signal::TERM);
-        let _ = self.child.wait();
-    }
+    server: Option<Server>,
 }
 
 impl Contestant {
@@ -191,11 +152,12 @@ impl Contestant {
         fs::write(&cert, &setting.certificate.cert)?;
         fs::write(&key, &setting.certificate.key)?;
         fs::write(both, format!("{}{}", setting.certificate.cert, setting.certificate.key))?;
-        let redis = workload.redis.then(|| Redis::start(setting, &dir.join(REDIS))).transpose()?;
+        let server = workload.server.map(|kind| Server::start(kind, setting.cores, &dir.join(kind.engine())));
+        let server = server.transpose()?;
         let free = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let mut command = match kind {
-            Kind::Oncegate(gateway) => oncegate(gateway, workload, redis.as_ref(), setting, dir)?,
-            Kind::IdempotentProxy => idempotent_proxy(free, workload, redis.as_ref(), setting, dir)?,
+            Kind::Oncegate(gateway) => oncegate(gateway, workload, server.as_ref(), setting, dir)?,
+            Kind::IdempotentProxy => idempotent_proxy(free, workload, server.as_ref(), setting, dir)?,
             Kind::Haproxy => haproxy(free, workload.front, setting, dir)?,
             Kind::Direct | Kind::Nginx | Kind::NginxCache => nginx(kind, free, workload.front, setting, dir)?,
         };
@@ -210,7 +172,7 @@ impl Contestant {
         let child = command.spawn();
         measure::pin(setting.cores.ends)?;
         let child = child.with_context(|| format!("{kind}"))?;
-        let mut contestant = Self { kind, address: free, stderr, child, redis };
+        let mut contestant = Self { kind, address: free, stderr, child, server };
         contestant.await_listening()?;
         Ok(contestant)
     }
@@ -242,17 +204,20 @@ impl Contestant {
     }
 
     pub fn tree(&self) -> Result<Tree> {
-        let redis = self.redis.as_ref().map(|redis| redis.child.id());
-        Ok(Tree::of_all([self.child.id()].into_iter().chain(redis))?)
+        Ok(Tree::of_all([self.child.id()].into_iter().chain(self.server.as_ref().map(Server::pid)))?)
     }
 
-    /// Ends it in good order, and waits.
+    /// Of the server beside it alone.
+    pub fn server_tree(&self) -> Result<Tree> {
+        Ok(Tree::of_all(self.server.as_ref().map(Server::pid))?)
+    }
+
+    /// Ends it in good order, then the server beside it, and waits.
     pub fn stop(&mut self) -> Result<()> {
-        if self.child.try_wait()?.is_some() {
-            return Ok(());
+        if self.child.try_wait()?.is_none() {
+            let pid = rustix::process::Pid::from_child(&self.child);
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
         }
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
         let deadline = Instant::now() + PATIENCE;
         while self.child.try_wait()?.is_none() {
             if Instant::now() > deadline {
@@ -260,6 +225,7 @@ impl Contestant {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
+        self.server = None;
         Ok(())
     }
 }
@@ -298,7 +264,7 @@ fn listening(log: &str, role: &str) -> Option<SocketAddr> {
 fn idempotent_proxy(
     listen: SocketAddr,
     workload: &Workload,
-    redis: Option<&Redis>,
+    server: Option<&Server>,
     setting: &Setting<'_>,
     dir: &Path,
 ) -> Result<Command> {
@@ -308,8 +274,8 @@ fn idempotent_proxy(
     let mut command = command(IDEMPOTENT_PROXY);
     command.current_dir(dir).env("SERVER_ADDR", listen.to_string()).env("LOG_LEVEL", "error");
     command.env(name, format!("http://{}/posts", setting.upstream)).env("REQUEST_TIMEOUT", "3600000");
-    if let Some(redis) = redis {
-        command.env("REDIS_URL", format!("redis://{}", redis.address));
+    if let Some(server) = server {
+        command.env("REDIS_URL", server.url());
     }
     Ok(command)
 }
@@ -317,7 +283,7 @@ fn idempotent_proxy(
 fn oncegate(
     gateway: &Gateway,
     workload: &Workload,
-    redis: Option<&Redis>,
+    server: Option<&Server>,
     setting: &Setting<'_>,
     dir: &Path,
 ) -> Result<Command> {
@@ -336,11 +302,11 @@ fn oncegate(
         let (cert, key) = (dir.join("cert.pem").display().to_string(), dir.join("key.pem").display().to_string());
         text += &format!("server.tls.cert = {cert:?}\nserver.tls.key = {key:?}\n");
     }
-    if let Some(redis) = redis {
-        text += &format!("store.url = \"redis://{}/0\"\n", redis.address);
+    if let Some(server) = server {
+        text += &format!("store.url = {:?}\n", server.url());
     }
     text += setting.gateway;
-    if workload.redis {
+    if workload.server.is_some() {
         text += &format!("\n[[routes]]\npath = {:?}\n", workload.target);
     }
     fs::write(&file, text)?;

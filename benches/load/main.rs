@@ -37,6 +37,7 @@ mod readme;
 mod report;
 mod rounds;
 mod scale;
+mod servers;
 mod settings;
 mod workloads;
 

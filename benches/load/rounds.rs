@@ -19,6 +19,8 @@ pub struct Phase {
     pub round: usize,
     pub requests: usize,
     pub cpu_us: f64,
+    /// Of it, what the server beside it took that keeps the records.
+    pub server_cpu_us: f64,
     pub requests_per_second: f64,
     pub p50_us: f64,
     pub p99_us: f64,
@@ -95,10 +97,11 @@ impl Bench<'_> {
                 match self.phase(&workload, &mut entrants[at], round) {
                     Ok(phase) => {
                         eprintln!(
-                            "{:12} {:12} {round}: {:6.2} µs CPU, {:7.0} requests/s, p99 {:6.0} µs, ping {} and {} ns, others {} ms",
+                            "{:12} {:12} {round}: {:6.2} µs CPU ({:.2} its server's), {:7.0} requests/s, p99 {:6.0} µs, ping {} and {} ns, others {} ms",
                             phase.workload,
                             phase.contestant,
                             phase.cpu_us,
+                            phase.server_cpu_us,
                             phase.requests_per_second,
                             phase.p99_us,
                             phase.ping_ns.0,
@@ -179,7 +182,7 @@ impl Bench<'_> {
 
     fn phase(&mut self, workload: &Workload, entrant: &mut Entrant, round: usize) -> Result<Phase> {
         let count = self.settings.requests_of(workload);
-        let tree = entrant.contestant.tree()?;
+        let (tree, server) = (entrant.contestant.tree()?, entrant.contestant.server_tree()?);
         let ping_before = measure::ping(self.cores)?;
 
         let clients = match workload.front {
@@ -191,11 +194,11 @@ impl Bench<'_> {
         self.load(workload, entrant, &clients, warm_up).context("while warming up")?;
 
         self.ends.take_executions();
-        let before = tree.settle();
+        let (before, server_before) = (tree.settle(), server.usage());
         let (own_before, busy_before) = (measure::own_user(), Busy::now(self.cores));
         let loaded = self.load(workload, entrant, &clients, count)?;
         let (own, busy, at_end) = (measure::own_user() - own_before, Busy::now(self.cores), tree.usage());
-        let after = tree.settle();
+        let (after, server_after) = (tree.settle(), server.usage());
         self.ends.disconnect(clients);
         let ping_after = measure::ping(self.cores)?;
 
@@ -223,6 +226,7 @@ impl Bench<'_> {
             round,
             requests: count,
             cpu_us: each((after.cpu - before.cpu).as_secs_f64() * 1e6),
+            server_cpu_us: each((server_after.cpu - server_before.cpu).as_secs_f64() * 1e6),
             requests_per_second: count as f64 / loaded.elapsed.as_secs_f64(),
             p50_us: quantile_us(&latencies, 0.5),
             p99_us: quantile_us(&latencies, 0.99),

@@ -1,6 +1,6 @@
 //! What to run, from the environment.
 
-use crate::contestants::{Kind, PEERS, REDIS};
+use crate::contestants::{Kind, PEERS};
 use crate::workloads::{Keys, WORKLOADS, Workload};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
@@ -92,7 +92,7 @@ impl Settings {
     pub fn wants(&self, kind: Kind) -> bool {
         match &self.contestants {
             Some(names) => names.iter().any(|name| *name == kind.to_string()),
-            None => !matches!(kind, Kind::Oncegate(gateway) if !["sled", REDIS].contains(&gateway.engine)),
+            None => !matches!(kind, Kind::Oncegate(gateway) if ["fjall", "memory"].contains(&gateway.engine)),
         }
     }
 

@@ -1,9 +1,9 @@
 //! What is asked of the proxies.
 
 use crate::contestants::Kind::{self, Direct, Haproxy, IdempotentProxy, Nginx, NginxCache};
-use crate::contestants::REDIS;
 use crate::ends::Source;
 use crate::http::json;
+use crate::servers;
 use std::io::Write;
 
 /// How the clients speak.
@@ -63,8 +63,8 @@ pub struct Workload {
     /// Without a hot cache, and started anew after the records were made.
     pub from_store: bool,
     pub rate: Rate,
-    /// Records are kept in a Redis of each contestant's own, whose costs are its own, too.
-    pub redis: bool,
+    /// Records are kept in a server of each contestant's own, whose costs are its own, too.
+    pub server: Option<servers::Kind>,
     /// Takes one in so many of the usual number of requests.
     pub share: usize,
     /// Who can do it, beside the gateway; the first is what the others are compared with.
@@ -81,7 +81,7 @@ const PASS: Workload = Workload {
     keys: Keys::None,
     from_store: false,
     rate: Rate::Full,
-    redis: false,
+    server: None,
     share: 1,
     peers: &[Nginx, Haproxy, Direct],
 };
@@ -187,6 +187,14 @@ pub const WORKLOADS: &[Workload] = &[
         from_store: true,
         ..FRESH_REDIS
     },
+    FRESH_POSTGRES,
+    Workload {
+        name: "replay-postgres",
+        meaning: "POST of 1 KiB whose key is recorded there, no hot cache",
+        keys: Keys::Recorded(10_000),
+        from_store: true,
+        ..FRESH_POSTGRES
+    },
 ];
 
 const FRESH_REDIS: Workload = Workload {
@@ -194,9 +202,18 @@ const FRESH_REDIS: Workload = Workload {
     meaning: "POST of 1 KiB with a new key, recorded in a Redis that flushes every write; with the costs of Redis",
     // The form that the peer wants.
     target: "/URL_POSTS",
-    redis: true,
+    server: Some(servers::Kind::Redis),
     share: 2,
     peers: &[IdempotentProxy],
+    ..FRESH
+};
+
+const FRESH_POSTGRES: Workload = Workload {
+    name: "fresh-postgres",
+    meaning: "POST of 1 KiB with a new key, recorded in a PostgreSQL that flushes every commit; with its costs",
+    server: Some(servers::Kind::Postgres),
+    share: 4,
+    peers: &[],
     ..FRESH
 };
 
@@ -207,7 +224,8 @@ impl Workload {
 
     /// Those who take part, the reference first.
     pub fn contestants(&self, gateways: &[Kind]) -> Vec<Kind> {
-        let engine = |kind: &Kind| matches!(kind, Kind::Oncegate(gateway) if (gateway.engine == REDIS) == self.redis);
+        let engine =
+            |kind: &Kind| matches!(kind, Kind::Oncegate(gateway) if servers::Kind::of(gateway.engine) == self.server);
         self.peers.iter().chain(gateways.iter().filter(|kind| engine(kind))).copied().collect()
     }
 

@@ -5,6 +5,7 @@ use super::*;
 use oncegate::store::shared::OpenError;
 use rustix::process::Signal;
 use std::sync::Arc;
+use tokio::sync::watch;
 
 const TIMEOUT: Duration = Duration::from_millis(2000);
 
@@ -66,22 +67,28 @@ async fn many_writes_under_failing_connections_land_once() {
     let Some(server) = &*SERVER else { return };
     let proxy = Arc::new(Proxy::start(server.port).await);
     let store = Arc::new(open(&options(proxy.url(), MS(20_000))).await);
+    let (told, mut landed) = watch::channel(0_u64);
     let writers: Vec<_> = (0..32_u64)
         .map(|writer| {
-            let store = Arc::clone(&store);
+            let (store, told) = (Arc::clone(&store), told.clone());
             tokio::spawn(async move {
                 for round in 0..10 {
                     let n = 100 + writer * 10 + round;
                     let claimed = insist(&store, id(n), None, value(CLAIMED, None, &format!("claim {n}"))).await;
                     let done = value(COMPLETED, Some(1 << 50), &format!("settled {n}"));
                     insist(&store, id(n), Some(claimed), done).await;
+                    told.send_modify(|landed| *landed += 1);
                 }
             })
         })
         .collect();
-    while !writers.iter().all(tokio::task::JoinHandle::is_finished) {
+    drop(told);
+    // Only once something has landed since: who connects while nobody else asks would lose one answer after the other.
+    for cut in 1_u64.. {
+        if landed.wait_for(|landed| *landed >= 8 * cut).await.is_err() {
+            break;
+        }
         proxy.set(Way::CutNextAnswer);
-        tokio::time::sleep(MS(50)).await;
     }
     proxy.set(Way::Open);
     for writer in writers {

@@ -10,6 +10,7 @@ use crate::store::RecordId;
 use crate::store::files;
 use crate::store::log::segment::StoreId;
 use std::fs::File;
+use std::num::NonZeroU64;
 use std::ops::Bound;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -17,6 +18,21 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const CACHE_BYTES: u64 = 32 << 20;
 const CHECKPOINT: &[u8] = b"checkpoint";
+
+/// How late sled's idle threads may wake, in nanoseconds: a minute.
+const IDLE_SLACK_NS: NonZeroU64 = NonZeroU64::new(60_000_000_000).unwrap();
+
+/// Starts sled with threads that sleep while there is nothing to do. It has seven for good, and each looks for work once a
+/// second besides being told of it; threads inherit the timer slack (`PR_SET_TIMERSLACK`) of the one that starts them, and
+/// with a large one those looks hardly ever happen.
+fn with_idle_slack<T>(open: impl FnOnce() -> T) -> T {
+    let before = rustix::thread::current_timer_slack().ok().and_then(NonZeroU64::new);
+    // Where it cannot be set, they wake, which harms nobody.
+    let _ = rustix::thread::set_current_timer_slack(Some(IDLE_SLACK_NS));
+    let opened = open();
+    let _ = rustix::thread::set_current_timer_slack(before);
+    opened
+}
 
 pub(crate) struct SledIndex {
     /// `None` only while it is dropped.
@@ -49,7 +65,7 @@ impl SledIndex {
     /// If sled cannot (a panic included) or its files cannot be synced.
     pub(super) fn open(path: &Path, store: StoreId) -> Result<Self, IndexError> {
         let fresh = !path.join("db").exists();
-        let guarded = catch_unwind(|| {
+        let open = || {
             let config = sled::Config::new()
                 .path(path)
                 .cache_capacity(CACHE_BYTES)
@@ -59,8 +75,8 @@ impl SledIndex {
             let entries = db.open_tree("entries")?;
             let meta = db.open_tree("meta")?;
             Ok::<_, sled::Error>(Trees { db, entries, meta })
-        });
-        let trees = match guarded {
+        };
+        let trees = match with_idle_slack(|| catch_unwind(open)) {
             Ok(opened) => opened.map_err(|error| IndexError(error.to_string()))?,
             Err(_) => return Err(IndexError("sled panicked while it was opened".to_owned())),
         };
@@ -205,6 +221,21 @@ mod tests {
     use crate::store::Tag;
     use crate::store::log::{LogPoint, Position};
     use std::time::Duration;
+
+    #[test]
+    fn its_threads_do_not_wake_for_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let before = rustix::thread::current_timer_slack().unwrap();
+        let _index = SledIndex::open(dir.path(), [7; 16]).unwrap();
+        assert_eq!(rustix::thread::current_timer_slack().unwrap(), before, "the caller's own");
+        let read = |path: &Path| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap());
+        let pool = tasks.filter(|task| read(&task.path().join("comm")).starts_with("sled-io-"));
+        let slacks = pool.map(|task| read(&Path::new("/proc").join(task.file_name()).join("timerslack_ns")));
+        let slacks = slacks.collect::<Vec<_>>();
+        assert!(!slacks.is_empty(), "they have not been started where their slack was set");
+        assert!(slacks.iter().all(|slack| *slack == IDLE_SLACK_NS.to_string()), "{slacks:?}");
+    }
 
     #[test]
     fn a_change_that_is_interrupted_leaves_the_sums_marked_as_uncertain() {
