@@ -124,7 +124,8 @@ pub fn table(run: &Run<'_>, workloads: &[Workload], summaries: &[Summary], took:
     }
     text += "\n";
     for workload in workloads {
-        let _ = writeln!(text, "- *{}*: {}; compared with {}", workload.name, workload.meaning, workload.reference());
+        let compared = workload.reference().map(|kind| format!("; compared with {kind}")).unwrap_or_default();
+        let _ = writeln!(text, "- *{}*: {}{compared}", workload.name, workload.meaning);
     }
     text
 }

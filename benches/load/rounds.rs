@@ -312,7 +312,7 @@ pub struct Summary {
 }
 
 pub fn summarize(workload: &Workload, gateways: &[Kind], phases: &[Phase]) -> Vec<Summary> {
-    let reference = workload.reference().to_string();
+    let reference = workload.reference().map(|kind| kind.to_string()).unwrap_or_default();
     let of = |contestant: &str| {
         let own = phases.iter().filter(|phase| phase.workload == workload.name && phase.contestant == contestant);
         own.collect::<Vec<_>>()

@@ -67,7 +67,7 @@ pub struct Workload {
     pub server: Option<servers::Kind>,
     /// Takes one in so many of the usual number of requests.
     pub share: usize,
-    /// Who can do it, beside the gateway; the first is what the others are compared with.
+    /// Who can do it, beside the gateway; the first is what the others are compared with. None: nothing is compared.
     pub peers: &'static [Kind],
 }
 
@@ -218,8 +218,8 @@ const FRESH_POSTGRES: Workload = Workload {
 };
 
 impl Workload {
-    pub fn reference(&self) -> Kind {
-        self.peers.first().copied().unwrap_or(Nginx)
+    pub fn reference(&self) -> Option<Kind> {
+        self.peers.first().copied()
     }
 
     /// Those who take part, the reference first.

@@ -22,9 +22,9 @@ const CHECKPOINT: &[u8] = b"checkpoint";
 /// How late sled's idle threads may wake, in nanoseconds: a minute.
 const IDLE_SLACK_NS: NonZeroU64 = NonZeroU64::new(60_000_000_000).unwrap();
 
-/// Starts sled with threads that sleep while there is nothing to do. It has seven for good, and each looks for work once a
-/// second besides being told of it; threads inherit the timer slack (`PR_SET_TIMERSLACK`) of the one that starts them, and
-/// with a large one those looks hardly ever happen.
+/// Lets sled start threads that sleep while there is nothing to do. With its first write, or the scan of what it finds, it
+/// starts seven for good, and each looks for work once a second besides being told of it. Threads inherit the timer slack
+/// (`PR_SET_TIMERSLACK`) of the one that starts them; with a large one those looks hardly ever happen.
 fn with_idle_slack<T>(open: impl FnOnce() -> T) -> T {
     let before = rustix::thread::current_timer_slack().ok().and_then(NonZeroU64::new);
     // Where it cannot be set, they wake, which harms nobody.
@@ -64,6 +64,10 @@ impl SledIndex {
     /// # Errors
     /// If sled cannot (a panic included) or its files cannot be synced.
     pub(super) fn open(path: &Path, store: StoreId) -> Result<Self, IndexError> {
+        with_idle_slack(|| Self::open_and_sync(path, store))
+    }
+
+    fn open_and_sync(path: &Path, store: StoreId) -> Result<Self, IndexError> {
         let fresh = !path.join("db").exists();
         let open = || {
             let config = sled::Config::new()
@@ -76,7 +80,7 @@ impl SledIndex {
             let meta = db.open_tree("meta")?;
             Ok::<_, sled::Error>(Trees { db, entries, meta })
         };
-        let trees = match with_idle_slack(|| catch_unwind(open)) {
+        let trees = match catch_unwind(open) {
             Ok(opened) => opened.map_err(|error| IndexError(error.to_string()))?,
             Err(_) => return Err(IndexError("sled panicked while it was opened".to_owned())),
         };
