@@ -20,8 +20,6 @@ const BATCHES_MAX: usize = 2;
 /// The clock is asked for so often while there is traffic, and once in [`HEARTBEAT`] without.
 const CLOCK: Duration = Duration::from_millis(200);
 const HEARTBEAT: Duration = Duration::from_secs(5);
-static BM: std::sync::LazyLock<usize> =
-    std::sync::LazyLock::new(|| std::env::var("BM").map_or(BATCHES_MAX, |n| n.parse().unwrap_or(2)));
 const READ: usize = 32 << 10;
 
 /// What a reply belongs to.
@@ -99,7 +97,7 @@ impl Session {
         loop {
             let mut moved = self.poll_write(context);
             moved |= self.poll_read(driver, context);
-            if self.end.is_none() && !self.output.has_remaining() && self.batches < *BM {
+            if self.end.is_none() && !self.output.has_remaining() && self.batches < BATCHES_MAX {
                 moved |= self.take(driver, context);
             }
             if let Some(reason) = self.end.take() {
