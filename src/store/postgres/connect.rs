@@ -187,8 +187,9 @@ fn parse(url: &str) -> Result<Config, String> {
         );
     }
     let config = Config::from_str(&url).map_err(|error| {
-        // Names an option, or one of the parser's expectations.
-        error.source().map_or_else(|| "cannot be understood".to_owned(), ToString::to_string)
+        // Names one of the parser's expectations. What it takes for an option may be the end of a password.
+        let reason = error.source().map(ToString::to_string).filter(|reason| !reason.starts_with("unknown option"));
+        reason.unwrap_or_else(|| "has an option (?name=value) that is unheard of".to_owned())
     })?;
     if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
         return Err("names no host".to_owned());
@@ -289,6 +290,10 @@ mod tests {
             "postgres://u:s3cret@h/db?sslmode=verify-ca",
             "postgres://u:s3cret@a,b,c/db?port=1,2",
             "postgres:///db?user=u&password=s3cret",
+            "postgres://u@h/db?password=a&s3cret=b",
+            "postgres://u:s3cret/x@h:port/db",
+            "postgres://u:s3cret?x@h:port/db",
+            "postgres://u:s3cret",
             "host=h password=s3cret",
             "s3cret",
         ] {

@@ -217,7 +217,14 @@ impl Dialer {
             (None, Some(password)) => connection.ask(&[&[b"AUTH", password.as_bytes()]]).await?,
             (Some(user), Some(password)) => connection.ask(&[&[b"AUTH", user.as_bytes(), password.as_bytes()]]).await?,
         };
-        accepted({ reply }.pop(), "AUTH").map(drop)
+        match accepted({ reply }.pop(), "AUTH") {
+            // Of the rest nobody knows whether it repeats what was sent.
+            Err(DialError::Refused(reason)) => {
+                let code: Vec<&str> = reason.split(' ').take(2).collect();
+                Err(DialError::Refused(code.join(" ")))
+            }
+            other => other.map(drop),
+        }
     }
 
     fn check(&self, info: &str) -> Result<(), DialError> {
