@@ -118,8 +118,16 @@ fn shared_keys(section: &mut Section<'_>, engine: Engine, engine_at: &At, strict
     let tls_node = section.take("tls");
     let tls_at = tls_node.as_ref().map(|node| node.at.clone());
     let tls = tls(tls_node, section.errors);
-    if let Some(at) = tls_at.filter(|_| !is_shared) {
-        section.add(&at, "tls", "is of shared stores; the engine is another");
+    if let Some(at) = tls_at {
+        match &url {
+            _ if !is_shared => section.add(&at, "tls", "is of shared stores; the engine is another"),
+            Some(url) if is_plain(url, engine) => {
+                let reason = "has no effect with this store.url, which asks for no TLS; write rediss://, \
+                              rediss+sentinel:// or rediss+cluster:// (postgres: no sslmode=disable)";
+                section.add(&at, "tls", reason);
+            }
+            _ => {}
+        }
     }
     let wait_replicas = u32::try_from(wait_replicas).unwrap_or(0);
     let url = url.unwrap_or_default();
@@ -137,6 +145,11 @@ fn url(value: &Value, engine: Engine) -> Result<String, String> {
         Some((scheme, rest)) if schemes.contains(&scheme) && !rest.is_empty() => Ok(text),
         _ => Err(format!("is no URL of this engine; its scheme is one of {}", schemes.join(", "))),
     }
+}
+
+/// Whether all would go in the clear, whatever `[store.tls]` says. PostgreSQL's driver wants TLS if there are files for it.
+fn is_plain(url: &str, engine: Engine) -> bool {
+    if engine == Engine::Redis { !url.starts_with("rediss") } else { url.contains("sslmode=disable") }
 }
 
 /// Part of the names of keys, channels and tables.
