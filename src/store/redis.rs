@@ -235,7 +235,8 @@ impl Core {
             let detail = "something that is not a string stands under its key".to_owned();
             return Err(StoreError::Damaged { id: write.id, detail });
         }
-        if error.contains("OOM command not allowed") && write.urgency == Urgency::Claim {
+        // Of a second try it says nothing about the first.
+        if error.contains("OOM command not allowed") && write.urgency == Urgency::Claim && !answer.again {
             let path = format!("{} (its maxmemory is used up)", self.common.dialer.place);
             return Err(StoreError::Full { path, min_free_bytes: 1 });
         }

@@ -260,6 +260,29 @@ async fn a_server_without_room_takes_no_claims_but_removals() {
     put(&store, 2, None, value(CLAIMED, "claim")).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_claim_whose_second_try_finds_no_room_may_have_landed() {
+    if !installed() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let proxy = Proxy::start(server.port, b"EVAL").await;
+    let store = Arc::new(open(&proxy.url()).await);
+    put(&store, 100, None, value(CLAIMED, "so that the scripts are known")).await;
+    proxy.lose(1);
+    proxy.admit(false);
+    let claiming = tokio::spawn({
+        let store = store.clone();
+        async move { swap(&store, 1, None, Some(value(CLAIMED, "claim"))).await }
+    });
+    until("the answer is lost", async || proxy.lost() == 1).await;
+    server.client().ask(&["CONFIG", "SET", "maxmemory", "1"]);
+    proxy.admit(true);
+    let claimed = claiming.await.unwrap();
+    assert!(matches!(claimed, Err(StoreError::Unavailable { may_land_until_ms: Some(_), .. })), "{claimed:?}");
+    assert!(store.get(id(1)).await.unwrap().is_some(), "it has landed");
+}
+
 #[tokio::test]
 async fn a_server_that_became_a_replica_is_out_of_reach() {
     if !installed() {
