@@ -255,10 +255,7 @@ impl Core {
             Reply::Int(version) => Ok(Swap::Done(Version(u64::try_from(version).unwrap_or(0)))),
             Reply::Bulk(bytes) => Ok(told(Layout::entry(id, bytes)?, Some(&value))),
             Reply::Nil => Ok(Swap::Conflict(None)),
-            Reply::Status(status) if status == LATE => {
-                let reason = "it came to the store too late".to_owned();
-                Err(StoreError::Unavailable { reason, may_land_until_ms: None })
-            }
+            Reply::Status(status) if status == LATE => Err(late()),
             _ => Err(odd(Some(deadline_ms))),
         }
     }
@@ -275,13 +272,15 @@ impl Core {
         // gateway in its place on a server that has lost this write.
         let version = Version(expected.0.saturating_add(1).max(now_ms.saturating_mul(1000)));
         let removes = new.is_none();
-        let request = Request::Update { id, expected, new: new.clone().map(|value| (version, value)), now_ms };
+        let written = new.clone().map(|value| (version, value));
+        let request = Request::Update { id, expected, new: written, now_ms, deadline_ms };
         let answer = self.write(request, Write { id, urgency, deadline_ms }).await?;
         match answer.reply {
             Reply::Int(_) => Ok(Swap::Done(version)),
             Reply::Bulk(bytes) => Ok(told(Layout::entry(id, bytes)?, new.as_ref())),
             Reply::Nil if removes && answer.again => Ok(Swap::Done(version)),
             Reply::Nil => Ok(Swap::Conflict(None)),
+            Reply::Status(status) if status == LATE => Err(late()),
             _ => Err(odd(Some(deadline_ms))),
         }
     }
@@ -310,6 +309,12 @@ fn warn_of_memory(common: &Common) {
 /// What stands there is our own write if it equals it: then the answer to an earlier attempt was lost.
 fn told(found: Entry, new: Option<&Value>) -> Swap {
     if Some(&found.value) == new { Swap::Done(found.version) } else { Swap::Conflict(Some(found)) }
+}
+
+/// An earlier attempt has not landed either, nor will it: it had the same deadline.
+fn late() -> StoreError {
+    let reason = "it came to the store too late".to_owned();
+    StoreError::Unavailable { reason, may_land_until_ms: None }
 }
 
 fn odd(may_land_until_ms: Option<u64>) -> StoreError {

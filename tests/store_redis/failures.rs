@@ -162,6 +162,33 @@ async fn a_server_that_stands_still_is_given_up_in_time_and_what_it_does_late_is
     );
 }
 
+/// A renewal, say: its owner has given it up, and may have settled otherwise.
+#[tokio::test]
+async fn a_change_that_was_given_up_does_not_land_after_its_time() {
+    if !installed() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let store = open_hasty(&server.url(), 400).await;
+    let held = put(&store, 1, None, value(CLAIMED, "claim")).await;
+    let known = put(&store, 100, None, value(CLAIMED, "claim")).await;
+    put(&store, 100, Some(known), value(CLAIMED, "so that the script is known")).await;
+    server.pause();
+    let swapped = swap(&store, 1, Some(held), Some(value(CLAIMED, "renewed"))).await;
+    let Err(StoreError::Unavailable { may_land_until_ms: Some(at), .. }) = swapped else { panic!("{swapped:?}") };
+    until("the write can land no more", async || now_ms(&store) > at).await;
+    server.resume();
+    until("it is back", async || store.status().health == Health::Ok).await;
+    let mut client = server.client();
+    until("the server has read what was written to it", async || {
+        let stats = client.ask(&["INFO", "commandstats"]).text();
+        !stats.contains("cmdstat_evalsha:calls=3,")
+    })
+    .await;
+    let entry = Entry { version: held, value: value(CLAIMED, "claim") };
+    assert_eq!(store.get(id(1)).await.unwrap(), Some(entry), "it came too late");
+}
+
 #[tokio::test]
 async fn a_server_that_stands_still_is_noticed_without_traffic() {
     if !installed() {

@@ -16,7 +16,7 @@ pub(super) const HEADER: usize = 17;
 pub(super) const MEMBER: usize = 8 + 32;
 /// What stands in the key `PREFIX:{00}:format`.
 pub(super) const FORMAT: &str = "1";
-/// The answer to a creation that came too late.
+/// The answer to a write that came too late.
 pub(super) const LATE: &[u8] = b"LATE";
 /// Redis takes no later time of expiry.
 const EXPIRY_MAX: u64 = i64::MAX as u64;
@@ -31,18 +31,19 @@ if not s then return redis.call('GET',KEYS[1]) end \
 if KEYS[2] then redis.pcall('ZADD',KEYS[2],ARGV[4],ARGV[5]) end return v";
 
 /// `KEYS`: the entry. `ARGV`: the version expected; the new entry, empty to remove; its expiry, or nothing; whether those who
-/// wait are to be told if this ends a claim; the set's score and member, or nothing. Expects tag 2 to be the tracked one,
-/// tag 0 that of claims. The set is no key of the command's, although it is in the same slot: most writes do not touch it,
-/// and while a slot moves, a node takes no command of which it has but some of the keys.
+/// wait are to be told if this ends a claim; the deadline in microseconds; the set's score and member, or nothing. Expects
+/// tag 2 to be the tracked one, tag 0 that of claims. The set is no key of the command's, although it is in the same slot:
+/// most writes do not touch it, and while a slot moves, a node takes no command of which it has but some of the keys.
 const UPDATE: &str = "local h=redis.call('GETRANGE',KEYS[1],0,16) \
 if string.sub(h,1,8)~=ARGV[1] then return redis.call('GET',KEYS[1]) end \
+local t=redis.call('TIME') if t[1]*1000000+t[2]>ARGV[5]+0 then return {ok='LATE'} end \
 if ARGV[2]=='' then redis.call('DEL',KEYS[1]) \
 elseif ARGV[3]~='' then redis.call('SET',KEYS[1],ARGV[2],'PXAT',ARGV[3]) \
 else redis.call('SET',KEYS[1],ARGV[2]) end \
 local o=string.byte(h,9) \
-if o==2 or ARGV[5] then local z=string.sub(KEYS[1],1,-33)..'unknown' \
+if o==2 or ARGV[6] then local z=string.sub(KEYS[1],1,-33)..'unknown' \
 if o==2 then redis.pcall('ZREM',z,string.sub(h,10,17)..string.sub(KEYS[1],-32)) end \
-if ARGV[5] then redis.pcall('ZADD',z,ARGV[5],ARGV[6]) end end \
+if ARGV[6] then redis.pcall('ZADD',z,ARGV[6],ARGV[7]) end end \
 if o==0 and ARGV[4]=='1' then redis.pcall('PUBLISH',KEYS[1],'') end return 1";
 
 /// `KEYS`: the setting. `ARGV`: the new value; the expected one, or nothing. The new one in place is as good as written.
@@ -106,6 +107,7 @@ pub(super) enum Request {
         expected: Version,
         new: Option<(Version, Value)>,
         now_ms: u64,
+        deadline_ms: u64,
     },
     SetSetting {
         name: String,
@@ -289,8 +291,8 @@ impl Layout {
             Request::Create { id, value, now_ms, deadline_ms } => {
                 self.create(out, by_text, *id, value, [*now_ms, *deadline_ms]);
             }
-            Request::Update { id, expected, new, now_ms } => {
-                self.update(out, by_text, *id, *expected, new.as_ref(), *now_ms);
+            Request::Update { id, expected, new, now_ms, deadline_ms } => {
+                self.update(out, by_text, *id, *expected, new.as_ref(), [*now_ms, *deadline_ms]);
             }
             Request::SetSetting { name, expected, new } => {
                 self.set.call(out, by_text, 1, 1 + usize::from(expected.is_some()));
@@ -340,10 +342,10 @@ impl Layout {
         id: RecordId,
         expected: Version,
         new: Option<&(Version, Value)>,
-        now_ms: u64,
+        [now_ms, deadline_ms]: [u64; 2],
     ) {
         let tracked = new.map(|(_, value)| value).filter(|value| value.tag == OLDEST_TRACKED);
-        self.update.call(out, by_text, 1, if tracked.is_some() { 6 } else { 4 });
+        self.update.call(out, by_text, 1, if tracked.is_some() { 7 } else { 5 });
         self.push_key(out, id);
         out.argument(&expected.0.to_be_bytes());
         match new {
@@ -354,6 +356,7 @@ impl Layout {
         // A claim in place of a claim is its renewal.
         let ends = self.tells && new.is_none_or(|(_, value)| value.tag != Tag(0));
         out.argument(if ends { b"1" } else { b"" });
+        out.number(deadline_ms.saturating_mul(1000));
         if let Some(value) = tracked {
             out.number(now_ms);
             out.argument(&member(id, value.expires_at_ms));
