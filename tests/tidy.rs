@@ -51,6 +51,7 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("gateway", "store::AnyStore", "names the ledger's type"),
     ("gateway", "store::StoreError", "tells a full store from a failed one in its answers"),
     ("gateway", "store::RecordId", "names the record"),
+    ("store", "clock::since_boot", "a shared store's time is counted as leases are"),
     ("admin", "gateway::GatewayLedger", "names the ledger's type"),
     ("admin", "gateway::reply", "records an operator's answer as any response"),
     ("admin", "gateway::headers::IDEMPOTENCY_OUTCOME", "the same"),
