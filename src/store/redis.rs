@@ -97,6 +97,7 @@ impl Redis {
             common: Arc::clone(&common),
             place: Place::Master,
             time: time.clone(),
+            leads: true,
             stats: Arc::clone(&stats),
             bounce: None,
         });

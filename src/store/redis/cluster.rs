@@ -97,13 +97,12 @@ impl Cluster {
 
     /// Takes a new order of things; nodes that have no part any more and are out of reach are forgotten.
     fn adopt(&self, table: &Table, mut connections: HashMap<Address, Connected>) {
-        let clock = table.first();
-        let new: Vec<_> = table
-            .iter()
-            .map(|address| (address.clone(), self.link(address, Some(address) == clock, connections.remove(address))))
-            .collect();
+        let new: Vec<_> =
+            table.iter().map(|address| (address.clone(), self.link(address, connections.remove(address)))).collect();
         *self.table.write().unwrap_or_else(PoisonError::into_inner) = new;
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        // The one clock for all is that of the first bucket's owner, whoever that is now.
+        links.iter().for_each(|(address, (link, _))| link.lead(Some(address) == table.first()));
         links.retain(|address, (link, task)| {
             let stays = table.contains(address) || !link.is_down();
             if !stays {
@@ -114,7 +113,7 @@ impl Cluster {
     }
 
     /// The way to a node, which may have to be made.
-    fn link(&self, address: &Address, clock: bool, connected: Option<Connected>) -> Link {
+    fn link(&self, address: &Address, connected: Option<Connected>) -> Link {
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((link, _)) = links.get(address) {
             return link.clone();
@@ -122,8 +121,8 @@ impl Cluster {
         let (link, driver) = Driver::new(Parts {
             common: Arc::clone(&self.common),
             place: Place::Node(address.clone()),
-            // One clock for all: nodes may differ.
-            time: if clock { self.time.clone() } else { StoreTime::new(0) },
+            time: self.time.clone(),
+            leads: false,
             stats: Arc::clone(&self.stats),
             bounce: Some(self.bounce.clone()),
         });
@@ -179,12 +178,12 @@ impl Cluster {
         let (kind, _, to) = (words.next().unwrap_or_default(), words.next(), words.next().and_then(super::url::node));
         match (kind, to) {
             ("MOVED", Some(to)) => {
-                self.link(&to, false, None).submit(op);
+                self.link(&to, None).submit(op);
                 true
             }
             ("ASK", Some(to)) => {
                 op.asking = true;
-                self.link(&to, false, None).submit(op);
+                self.link(&to, None).submit(op);
                 false
             }
             ("TRYAGAIN" | "CLUSTERDOWN", _) => {

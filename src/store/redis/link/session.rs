@@ -248,7 +248,7 @@ impl Session {
         match slot {
             Slot::Time => {
                 if let Some(now_ms) = reply.time_ms() {
-                    driver.time.told(now_ms);
+                    driver.tell_time(now_ms);
                 }
             }
             Slot::Nobody => {}
