@@ -4,6 +4,8 @@
 
 #[path = "store_redis/cost.rs"]
 mod cost;
+#[path = "store_redis/emptied.rs"]
+mod emptied;
 #[path = "store_redis/entries.rs"]
 mod entries;
 #[path = "store_redis/failures.rs"]

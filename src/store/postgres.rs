@@ -105,6 +105,7 @@ impl Postgres {
         };
         let (empty, counts) = timeout(options.timeout, survey).await.map_err(|_| late())??;
         let created = made || empty.try_get::<_, bool>(0).unwrap_or(false);
+        timeout(options.timeout, connector.learn_birthmark(&connection)).await.map_err(|_| late())??;
         let gauges = Arc::new(Gauges { counts: Mutex::new(Counts::read(&counts)), wanted: Notify::new() });
         let driver = Driver::start(connector, connection, time);
         let (watches, interests) = Watches::new();

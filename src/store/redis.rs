@@ -18,11 +18,12 @@ mod link;
 mod listing;
 mod resp;
 mod tls;
+mod trust;
 mod upkeep;
 mod url;
 mod word;
 
-use self::url::Mode;
+use self::url::{Mode, Target};
 use super::shared::{OpenError, Options, Watches};
 use super::{
     Entry, Health, OLDEST_TRACKED, Page, RecordId, Status, Store, StoreError, StoreTime, Swap, Tag, Urgency, Value,
@@ -31,7 +32,7 @@ use super::{
 use bytes::Bytes;
 use cluster::Cluster;
 use dial::{Common, DialError, Dialer, Place};
-use layout::{FORMAT, LATE, Layout, Request};
+use layout::{FORMAT, LATE, Layout, OTHER, Request};
 use link::{Answer, Driver, Lost, Op, Parts, Stats, Way};
 use resp::{Output, Reply};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -70,9 +71,9 @@ impl Redis {
             let reason = "is empty, or has a brace or a control character in it".to_owned();
             return Err(OpenError::Options { key: "prefix", reason });
         }
-        let dialer = Dialer::new(options)?;
-        let is_cluster = dialer.target.mode == Mode::Cluster;
+        let is_cluster = Target::parse(options)?.mode == Mode::Cluster;
         let layout = Layout::new(&options.prefix, !is_cluster);
+        let dialer = Dialer::new(options, layout.birthmark())?;
         let common = Arc::new(Common { dialer, layout, timeout: options.timeout });
         // Dropped, it ends its tasks.
         let opened =
@@ -80,6 +81,7 @@ impl Redis {
         let mut store = opened.map_err(|error| error.at(&common.dialer.place))?;
         let core = Arc::clone(&store.core);
         store.created = core.mark_format().await?;
+        core.learn_birthmark().await?;
         core.survey().await.map_err(|error| core.refused(&error))?;
         store.keep(tokio::spawn(upkeep::run(core)).abort_handle());
         Ok(store)
@@ -217,6 +219,24 @@ impl Core {
         }
     }
 
+    /// By which this store is known again; made now, if it has none yet.
+    async fn learn_birthmark(&self) -> Result<(), OpenError> {
+        let key = self.common.layout.birthmark();
+        let mut random = [0; 16];
+        getrandom::fill(&mut random).map_err(|error| {
+            let reason = format!("the operating system gave no randomness for its birthmark: {error}");
+            OpenError::Refused { place: self.common.dialer.place.clone(), reason }
+        })?;
+        let fresh = format!("{:032x}", u128::from_be_bytes(random));
+        let set = Request::PlainWrite { command: Self::command(&[b"SET", &key, fresh.as_bytes(), b"NX"]) };
+        self.ask(set).await.map_err(|error| self.refused(&error))?;
+        // Another gateway may have been faster.
+        let found = self.ask(Self::plain(0, &[b"GET", &key])).await.map_err(|error| self.refused(&error))?;
+        let found = found.bulk().ok_or_else(|| self.refused(&odd(None)))?;
+        self.common.dialer.trust.learn(found);
+        Ok(())
+    }
+
     fn refused(&self, error: &StoreError) -> OpenError {
         let place = self.common.dialer.place.clone();
         match error {
@@ -257,6 +277,11 @@ impl Core {
             Reply::Bulk(bytes) => Ok(told(Layout::entry(id, bytes)?, Some(&value))),
             Reply::Nil => Ok(Swap::Conflict(None)),
             Reply::Status(status) if status == LATE => Err(late()),
+            Reply::Status(status) if status == OTHER => Err(StoreError::Unavailable {
+                reason: self.common.dialer.trust.disown().to_string(),
+                // An earlier attempt may have come before the store was emptied.
+                may_land_until_ms: Some(deadline_ms).filter(|_| answer.again),
+            }),
             _ => Err(odd(Some(deadline_ms))),
         }
     }
@@ -406,7 +431,8 @@ impl Store for Redis {
     /// have to look at each.
     fn status(&self) -> Status {
         let core = &self.core;
-        let health = match (core.closed.load(Ordering::Acquire), core.way.is_down()) {
+        let out_of_reach = core.way.is_down() || core.common.dialer.trust.is_barred();
+        let health = match (core.closed.load(Ordering::Acquire), out_of_reach) {
             (true, _) => Health::Failed,
             (_, true) => Health::Unreachable,
             _ => Health::Ok,

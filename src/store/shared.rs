@@ -69,6 +69,10 @@ impl fmt::Debug for Options {
     }
 }
 
+/// What is said of a store without the birthmark that it had when it was opened.
+pub(super) const ANOTHER: &str = "this is not the store that the gateway started with: it was emptied or set up anew, or it \
+                                  is another one. Bring the right one back; or restart all gateways, and all keys are new";
+
 /// Why a shared store cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -80,6 +84,9 @@ pub enum OpenError {
     /// It answers, but refuses: a password, a right, a table.
     #[error("the store at {place} refuses: {reason}")]
     Refused { place: String, reason: String },
+    /// It does not bear the birthmark of the store that was opened. Only of one that is connected to anew.
+    #[error("the store at {place} cannot be used any more: {ANOTHER}")]
+    Another { place: String },
     /// `durability = "strict"` would be a lie.
     #[error(
         "the store at {place} may lose what it has acknowledged: {reason}. Mend it, or write store.durability = \

@@ -94,6 +94,14 @@ impl Server {
         }
     }
 
+    /// Loses all that gateways with that prefix have in it.
+    pub(crate) fn empty(&self, prefix: &str) {
+        match self {
+            Self::Redis(server) => drop(server.lock().unwrap().client().ask(&["FLUSHALL"])),
+            Self::Postgres(_) => drop(self.sql(&format!("TRUNCATE {prefix}_records, {prefix}_settings"))),
+        }
+    }
+
     /// How many connections it has, as it says itself.
     pub(crate) fn connections(&self) -> usize {
         match self {

@@ -4,7 +4,7 @@
 use super::connect::{Connection, Connector};
 use super::exchange::{self, Failure};
 use super::queue::{Answer, Batch, Fate, Op, Param, State, Work, unavailable};
-use crate::store::shared::OpenError;
+use crate::store::shared::{ANOTHER, OpenError};
 use crate::store::{StoreError, StoreTime};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -203,11 +203,15 @@ impl Driver {
             | OpenError::Unreachable { reason, .. }
             | OpenError::Refused { reason, .. } => reason.clone(),
             OpenError::NotStrict { reason, .. } => format!("it may lose what it has acknowledged: {reason}"),
+            OpenError::Another { .. } => ANOTHER.to_owned(),
         };
         state.refuse_unsent(&reason, Instant::now());
+        let is_new = state.out_of_reach.as_ref() != Some(&reason);
         let before = state.out_of_reach.replace(reason);
         drop(state);
         match error {
+            // Also when it could not be reached before.
+            OpenError::Another { .. } if is_new => tracing::error!("{error}"),
             OpenError::NotStrict { .. } if before.is_none() => tracing::error!("{error}"),
             _ if before.is_none() => tracing::warn!("{error}; trying again"),
             _ => {}
@@ -255,10 +259,17 @@ impl Driver {
         }
     }
 
-    /// Whether the server still answers, still takes writes, and still keeps its promises.
+    /// Whether the server still answers, still takes writes, still keeps its promises, and still has the same store.
     async fn check(&self, link: &Link) -> Result<(), String> {
-        let check = timeout(self.connector.timeout, self.connector.check(&link.connection)).await;
-        let time = check.map_err(|_| "no heartbeat".to_owned())?.map_err(|error| error.to_string())?;
+        let connector = &self.connector;
+        let checks = async { tokio::join!(connector.check(&link.connection), connector.recognize(&link.connection)) };
+        let (time, same) = timeout(connector.timeout, checks).await.map_err(|_| "no heartbeat".to_owned())?;
+        if let Err(OpenError::Another { .. }) = &same {
+            // The other connections lead there as well.
+            self.state().generation += 1;
+            self.work.notify_waiters();
+        }
+        let time = time.and_then(|time| same.map(|()| time)).map_err(|error| error.to_string())?;
         self.time.told(time);
         Ok(())
     }

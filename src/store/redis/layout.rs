@@ -6,6 +6,7 @@
 //! the expiry and the id. The set is an index that may hold too much (what has expired since), never too little.
 
 use super::resp::Output;
+use super::trust::Trust;
 use crate::store::{Entry, OLDEST_TRACKED, RecordId, StoreError, Tag, Value, Version};
 use aws_lc_rs::digest;
 use bytes::{Buf, Bytes};
@@ -21,14 +22,19 @@ pub(super) const LATE: &[u8] = b"LATE";
 /// Redis takes no later time of expiry.
 const EXPIRY_MAX: u64 = i64::MAX as u64;
 
+/// The answer to a creation in a store without the birthmark that was named.
+pub(super) const OTHER: &[u8] = b"OTHER";
+
 /// `KEYS`: the entry, and the bucket's set if the new tag is tracked. `ARGV`: the deadline in microseconds; the entry without
-/// its version; its expiry, or nothing; the set's score and member. An integer is the version of what was written.
-const CREATE: &str = "local t=redis.call('TIME') local v=t[1]*1000000+t[2] \
+/// its version; its expiry, or nothing; the key of the birthmark and the birthmark, or nothing; the set's score and member. An
+/// integer is the version of what was written.
+const CREATE: &str = "if ARGV[4]~='' and redis.call('GET',ARGV[4])~=ARGV[5] then return {ok='OTHER'} end \
+local t=redis.call('TIME') local v=t[1]*1000000+t[2] \
 if v>ARGV[1]+0 then return redis.call('GET',KEYS[1]) or {ok='LATE'} end \
 local b=struct.pack('>I8',v)..ARGV[2] local s \
 if ARGV[3]~='' then s=redis.call('SET',KEYS[1],b,'NX','PXAT',ARGV[3]) else s=redis.call('SET',KEYS[1],b,'NX') end \
 if not s then return redis.call('GET',KEYS[1]) end \
-if KEYS[2] then redis.pcall('ZADD',KEYS[2],ARGV[4],ARGV[5]) end return v";
+if KEYS[2] then redis.pcall('ZADD',KEYS[2],ARGV[6],ARGV[7]) end return v";
 
 /// `KEYS`: the entry. `ARGV`: the version expected; the new entry, empty to remove; its expiry, or nothing; whether those who
 /// wait are to be told if this ends a claim; the deadline in microseconds; the set's score and member, or nothing. Expects
@@ -84,8 +90,8 @@ impl Script {
 #[derive(Debug)]
 pub(super) struct Layout {
     prefix: String,
-    /// Whether the end of a claim is told on its channel.
-    tells: bool,
+    /// One server has all of it: it can tell the end of a claim on its channel, and look at the birthmark with each claim.
+    single: bool,
     create: Script,
     update: Script,
     set: Script,
@@ -197,10 +203,10 @@ fn header(version: Option<Version>, value: &Value) -> ([u8; HEADER], usize) {
 }
 
 impl Layout {
-    pub(super) fn new(prefix: &str, tells: bool) -> Self {
+    pub(super) fn new(prefix: &str, single: bool) -> Self {
         Self {
             prefix: prefix.to_owned(),
-            tells,
+            single,
             create: Script::new(CREATE),
             update: Script::new(UPDATE),
             set: Script::new(SET),
@@ -236,6 +242,11 @@ impl Layout {
 
     pub(super) fn format(&self) -> Vec<u8> {
         self.beside("format")
+    }
+
+    /// See [`super::trust`].
+    pub(super) fn birthmark(&self) -> Vec<u8> {
+        self.beside("birthmark")
     }
 
     /// Is written before replicas are waited for.
@@ -281,7 +292,7 @@ impl Layout {
     }
 
     /// Writes the command. `by_text`: the server has forgotten the scripts.
-    pub(super) fn encode(&self, request: &Request, by_text: bool, out: &mut Output) {
+    pub(super) fn encode(&self, request: &Request, by_text: bool, trust: &Trust, out: &mut Output) {
         match request {
             Request::Get(id) => {
                 out.command(2);
@@ -289,7 +300,8 @@ impl Layout {
                 self.push_key(out, *id);
             }
             Request::Create { id, value, now_ms, deadline_ms } => {
-                self.create(out, by_text, *id, value, [*now_ms, *deadline_ms]);
+                let birthmark = trust.birthmark().filter(|_| self.single).map(|mark| (trust.key(), &mark[..]));
+                self.create(out, by_text, *id, value, [*now_ms, *deadline_ms], birthmark.unwrap_or_default());
             }
             Request::Update { id, expected, new, now_ms, deadline_ms } => {
                 self.update(out, by_text, *id, *expected, new.as_ref(), [*now_ms, *deadline_ms]);
@@ -318,9 +330,17 @@ impl Layout {
         }
     }
 
-    fn create(&self, out: &mut Output, by_text: bool, id: RecordId, value: &Value, [now_ms, deadline_ms]: [u64; 2]) {
+    fn create(
+        &self,
+        out: &mut Output,
+        by_text: bool,
+        id: RecordId,
+        value: &Value,
+        [now_ms, deadline_ms]: [u64; 2],
+        (birthmark_key, birthmark): (&[u8], &[u8]),
+    ) {
         let tracked = value.tag == OLDEST_TRACKED;
-        let (keys, arguments) = if tracked { (2, 5) } else { (1, 3) };
+        let (keys, arguments) = if tracked { (2, 7) } else { (1, 5) };
         self.create.call(out, by_text, keys, arguments);
         self.push_key(out, id);
         if tracked {
@@ -329,6 +349,8 @@ impl Layout {
         out.number(deadline_ms.saturating_mul(1000));
         push_entry(out, None, value);
         push_expiry(out, value.expires_at_ms);
+        out.argument(birthmark_key);
+        out.argument(birthmark);
         if tracked {
             out.number(now_ms);
             out.argument(&member(id, value.expires_at_ms));
@@ -354,7 +376,7 @@ impl Layout {
         }
         push_expiry(out, new.and_then(|(_, value)| value.expires_at_ms));
         // A claim in place of a claim is its renewal.
-        let ends = self.tells && new.is_none_or(|(_, value)| value.tag != Tag(0));
+        let ends = self.single && new.is_none_or(|(_, value)| value.tag != Tag(0));
         out.argument(if ends { b"1" } else { b"" });
         out.number(deadline_ms.saturating_mul(1000));
         if let Some(value) = tracked {

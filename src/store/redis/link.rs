@@ -247,6 +247,7 @@ impl Driver {
                     DialError::Unreachable(_) => {
                         tracing::warn!(place, %reason, "the store cannot be reached");
                     }
+                    DialError::Barred(_) => {}
                     _ => tracing::error!(place, %reason, "the store cannot be used any more"),
                 }
             }

@@ -27,7 +27,7 @@ pub(super) async fn listen(common: Arc<Common>, watches: Arc<Watches>, mut inter
             match converse(&common, &watches, &mut interests).await {
                 // It was of use: what ended it may be over.
                 Ok(()) => backoff = BACKOFF_MIN,
-                Err(DialError::Unreachable(_)) => {}
+                Err(DialError::Unreachable(_) | DialError::Barred(_)) => {}
                 Err(error) => {
                     let (place, reason) = (&common.dialer.place, error.reason());
                     tracing::warn!(
@@ -147,7 +147,8 @@ mod tests {
             migrate: true,
             tls: TlsFiles::default(),
         };
-        let (dialer, layout) = (Dialer::new(&options).unwrap(), Layout::new("og", true));
+        let layout = Layout::new("og", true);
+        let dialer = Dialer::new(&options, layout.birthmark()).unwrap();
         let common = Common { dialer, layout, timeout: options.timeout };
         let (watches, mut interests) = Watches::new();
         let waiting: Vec<_> = (0..100).map(|n| watches.watch(RecordId([n; 16]))).collect();

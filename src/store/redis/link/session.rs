@@ -26,6 +26,8 @@ const READ: usize = 32 << 10;
 enum Slot {
     Op(Op),
     Time,
+    /// The store's, see [`crate::store::redis::trust`].
+    Birthmark,
     /// The write before `WAIT`.
     Mark,
     /// `WAIT`, for all writes that came before it.
@@ -95,6 +97,9 @@ impl Session {
     /// Ready when the connection is of no use any more, with the reason.
     pub(super) fn poll(&mut self, driver: &mut Driver, context: &mut Context<'_>) -> Poll<String> {
         loop {
+            if let Some(reason) = driver.common.dialer.trust.barred() {
+                return Poll::Ready(reason.to_string());
+            }
             let mut moved = self.poll_write(context);
             moved |= self.poll_read(driver, context);
             if self.end.is_none() && !self.output.has_remaining() && self.batches < BATCHES_MAX {
@@ -183,7 +188,8 @@ impl Session {
                 self.output.argument(b"ASKING");
                 self.slots.push_back((Slot::Nobody, false));
             }
-            driver.common.layout.encode(&op.request, op.by_text, &mut self.output);
+            let common = &driver.common;
+            common.layout.encode(&op.request, op.by_text, &common.dialer.trust, &mut self.output);
             writes += u64::from(op.request.writes());
             self.slots.push_back((Slot::Op(op), false));
         }
@@ -191,7 +197,7 @@ impl Session {
             self.wait_for_replicas(driver);
         }
         if now.duration_since(self.asked_time) >= CLOCK {
-            self.ask_time(now);
+            self.ask_time(driver, now);
         }
         let Some((_, last)) = self.slots.back_mut().filter(|_| self.output.has_remaining()) else { return true };
         *last = true;
@@ -208,11 +214,18 @@ impl Session {
         true
     }
 
-    fn ask_time(&mut self, now: Instant) {
+    /// And whether it is still the same store: it may have been emptied meanwhile.
+    fn ask_time(&mut self, driver: &Driver, now: Instant) {
         self.asked_time = now;
         self.output.command(1);
         self.output.argument(b"TIME");
         self.slots.push_back((Slot::Time, false));
+        if driver.leads() {
+            self.output.command(2);
+            self.output.argument(b"GET");
+            self.output.argument(driver.common.dialer.trust.key());
+            self.slots.push_back((Slot::Birthmark, false));
+        }
     }
 
     fn wait_for_replicas(&mut self, driver: &Driver) {
@@ -249,6 +262,12 @@ impl Session {
             Slot::Time => {
                 if let Some(now_ms) = reply.time_ms() {
                     driver.tell_time(now_ms);
+                }
+            }
+            // What another node says, since the bucket has moved, is of no account.
+            Slot::Birthmark => {
+                if let Err(reason) = driver.common.dialer.trust.judge(&reply) {
+                    self.end = Some(reason.to_string());
                 }
             }
             Slot::Nobody => {}
@@ -320,7 +339,7 @@ impl Session {
             let oldest = self.expire(now).into_iter().chain(driver.expire_queued(now)).min();
             oldest.map_or(self.moved + self.stall, |oldest| oldest.min(self.moved + self.stall))
         } else if now >= self.asked_time + HEARTBEAT {
-            self.ask_time(now);
+            self.ask_time(driver, now);
             if let Some((_, last)) = self.slots.back_mut() {
                 *last = true;
             }
