@@ -250,11 +250,7 @@ const ERRORS: &[(&str, &str, &str)] = &[
         "cannot be read",
     ),
     ("[store.tls]", "f.toml:1: store.tls: ", "is of shared stores"),
-    (
-        "store.engine = \"redis\"\nstore.url = \"redis://a\"\n[store.tls]",
-        "f.toml:3: store.tls: ",
-        "write rediss://",
-    ),
+    ("store.engine = \"redis\"\nstore.url = \"redis://a\"\n[store.tls]", "f.toml:3: store.tls: ", "write rediss://"),
     (
         "store.engine = \"redis\"\nstore.url = \"redis+sentinel://a/m\"\n[store.tls]",
         "f.toml:3: store.tls: ",

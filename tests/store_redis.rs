@@ -40,6 +40,7 @@ fn options(url: &str) -> Options {
         start_timeout: Duration::ZERO,
         strict: false,
         wait_replicas: 0,
+        create: true,
         migrate: true,
         tls: TlsFiles::default(),
     }

@@ -80,7 +80,7 @@ impl Redis {
             if is_cluster { Self::cluster(Arc::clone(&common)).await } else { Self::one(Arc::clone(&common)).await };
         let mut store = opened.map_err(|error| error.at(&common.dialer.place))?;
         let core = Arc::clone(&store.core);
-        store.created = core.mark_format().await?;
+        store.created = core.mark_format(options).await?;
         core.learn_birthmark().await?;
         core.survey().await.map_err(|error| core.refused(&error))?;
         store.keep(tokio::spawn(upkeep::run(core)).abort_handle());
@@ -201,15 +201,18 @@ impl Core {
     }
 
     /// Whether it was this call that has made the store.
-    async fn mark_format(&self) -> Result<bool, OpenError> {
+    async fn mark_format(&self, options: &Options) -> Result<bool, OpenError> {
         let key = self.common.layout.format();
+        let get = || self.ask(Self::plain(0, &[b"GET", &key]));
+        if !options.create && get().await.map_err(|error| self.refused(&error))? == Reply::Nil {
+            options.may_create()?;
+        }
         let set = Request::PlainWrite { command: Self::command(&[b"SET", &key, FORMAT.as_bytes(), b"NX"]) };
         let set = self.ask(set).await.map_err(|error| self.refused(&error))?;
         if set != Reply::Nil {
             return Ok(true);
         }
-        let found = self.ask(Self::plain(0, &[b"GET", &key])).await.map_err(|error| self.refused(&error))?;
-        match found {
+        match get().await.map_err(|error| self.refused(&error))? {
             Reply::Bulk(found) if found == FORMAT.as_bytes() => Ok(false),
             found => {
                 let found = found.bulk().map(|found| String::from_utf8_lossy(&found).into_owned());

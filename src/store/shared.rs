@@ -30,6 +30,8 @@ pub struct Options {
     pub start_timeout: Duration,
     /// Refuse a store that may lose what it has acknowledged.
     pub strict: bool,
+    /// Make a store that is not there. Otherwise that is an error: what is missing may have been lost.
+    pub create: bool,
     /// Redis: how many replicas have to have each claim and each outcome, by `WAIT`, or by `WAITAOF` if it is strict.
     pub wait_replicas: u32,
     /// PostgreSQL: create and migrate the tables at the start.
@@ -61,6 +63,15 @@ impl Options {
         let path = path.split(['?', '#']).next().unwrap_or_default();
         format!("{scheme}://{hosts}{path}")
     }
+
+    /// # Errors
+    /// [`OpenError::Missing`], if a store must not be made.
+    pub(crate) fn may_create(&self) -> Result<(), OpenError> {
+        if self.create {
+            return Ok(());
+        }
+        Err(OpenError::Missing { place: self.place(), prefix: self.prefix.clone() })
+    }
 }
 
 impl fmt::Debug for Options {
@@ -81,6 +92,12 @@ pub enum OpenError {
     Options { key: &'static str, reason: String },
     #[error("the store at {place} cannot be reached: {reason}")]
     Unreachable { place: String, reason: String },
+    /// [`Options::create`] is false.
+    #[error(
+        "there is no store at {place} whose names begin with {prefix:?}, and `store.create` is false: is it the right server \
+         and database?"
+    )]
+    Missing { place: String, prefix: String },
     /// It answers, but refuses: a password, a right, a table.
     #[error("the store at {place} refuses: {reason}")]
     Refused { place: String, reason: String },
@@ -146,6 +163,7 @@ mod tests {
                 start_timeout: Duration::ZERO,
                 strict: true,
                 wait_replicas: 0,
+                create: true,
                 migrate: true,
                 tls: super::TlsFiles::default(),
             };

@@ -204,6 +204,7 @@ impl Driver {
             | OpenError::Refused { reason, .. } => reason.clone(),
             OpenError::NotStrict { reason, .. } => format!("it may lose what it has acknowledged: {reason}"),
             OpenError::Another { .. } => ANOTHER.to_owned(),
+            OpenError::Missing { .. } => error.to_string(),
         };
         state.refuse_unsent(&reason, Instant::now());
         let is_new = state.out_of_reach.as_ref() != Some(&reason);

@@ -164,6 +164,7 @@ mod tests {
             start_timeout: Duration::ZERO,
             strict: false,
             wait_replicas: 0,
+            create: true,
             migrate: false,
             tls: TlsFiles::default(),
         })

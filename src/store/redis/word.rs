@@ -144,6 +144,7 @@ mod tests {
             start_timeout: Duration::ZERO,
             strict: false,
             wait_replicas: 0,
+            create: true,
             migrate: true,
             tls: TlsFiles::default(),
         };
