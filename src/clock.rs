@@ -5,7 +5,14 @@ use rustix::time::{ClockId, clock_gettime};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// Since some moment in the past, by a clock that nobody sets and that goes on while the machine sleeps.
+#[must_use]
+pub fn since_boot() -> Duration {
+    let time = clock_gettime(ClockId::Boottime);
+    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+}
 
 /// Tells the time for expiry and records. A step of the system's clock does not move it.
 #[derive(Clone, Debug)]
@@ -66,11 +73,7 @@ impl Clock {
     pub fn monotonic_ms(&self) -> u64 {
         match &self.0 {
             Kind::Mock(now) => now.load(Ordering::Acquire),
-            Kind::System { .. } | Kind::Shared(_) => {
-                let since_boot = clock_gettime(ClockId::Boottime);
-                let (secs, nanos) = (u64::try_from(since_boot.tv_sec), u64::try_from(since_boot.tv_nsec));
-                secs.unwrap_or(0).saturating_mul(1000).saturating_add(nanos.unwrap_or(0) / 1_000_000)
-            }
+            Kind::System { .. } | Kind::Shared(_) => u64::try_from(since_boot().as_millis()).unwrap_or(u64::MAX),
         }
     }
 

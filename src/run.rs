@@ -90,7 +90,7 @@ pub struct Running {
 pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running, StartError> {
     let store = AnyStore::open(&config.store).await?;
     warn_of_new_store(&store, &config.store);
-    let secret = secret(&store).await?;
+    let secret = secret(&store, &config.store).await?;
     note_identity(&store, &identity::of(&config.gateway.routes), accept_new_identity).await?;
     let metrics = Metrics::default();
     let clock = match store.time() {
@@ -293,11 +293,14 @@ pub fn key_of_parts(parts: &[String]) -> [u8; 32] {
 }
 
 /// The store's secret, made when the store is.
-async fn secret(store: &AnyStore) -> Result<Secret, StartError> {
+async fn secret(store: &AnyStore, options: &store::Options) -> Result<Secret, StartError> {
     const NAME: &str = "secret";
     loop {
         if let Some(noted) = store.setting(NAME).await? {
             return <[u8; 32]>::try_from(noted.as_ref()).map(Secret).map_err(|_| StartError::Secret(noted.len()));
+        }
+        if let store::Options::Redis(shared) | store::Options::Postgres(shared) = options {
+            shared.may_create().map_err(|error| StartError::Open(error.into()))?;
         }
         let mut secret = [0; 32];
         getrandom::fill(&mut secret).map_err(StartError::Randomness)?;

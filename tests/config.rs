@@ -250,6 +250,22 @@ const ERRORS: &[(&str, &str, &str)] = &[
         "cannot be read",
     ),
     ("[store.tls]", "f.toml:1: store.tls: ", "is of shared stores"),
+    ("store.engine = \"redis\"\nstore.url = \"redis://a\"\n[store.tls]", "f.toml:3: store.tls: ", "write rediss://"),
+    (
+        "store.engine = \"redis\"\nstore.url = \"redis+sentinel://a/m\"\n[store.tls]",
+        "f.toml:3: store.tls: ",
+        "rediss+sentinel://",
+    ),
+    (
+        "store.engine = \"redis\"\nstore.url = \"redis+unix:///s\"\n[store.tls]",
+        "f.toml:3: store.tls: ",
+        "asks for no TLS",
+    ),
+    (
+        "store.engine = \"postgres\"\nstore.url = \"postgres://a/d?sslmode=disable\"\n[store.tls]",
+        "f.toml:3: store.tls: ",
+        "sslmode=disable",
+    ),
     ("store.migrate = 1", "f.toml:1: store.migrate: ", "true or false"),
 ];
 

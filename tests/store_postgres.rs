@@ -54,6 +54,7 @@ fn options(url: String, timeout: Duration) -> Options {
         start_timeout: Duration::ZERO,
         strict: true,
         wait_replicas: 0,
+        create: true,
         migrate: true,
         tls: TlsFiles::default(),
     }

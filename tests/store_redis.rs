@@ -4,6 +4,8 @@
 
 #[path = "store_redis/cost.rs"]
 mod cost;
+#[path = "store_redis/emptied.rs"]
+mod emptied;
 #[path = "store_redis/entries.rs"]
 mod entries;
 #[path = "store_redis/failures.rs"]
@@ -38,6 +40,7 @@ fn options(url: &str) -> Options {
         start_timeout: Duration::ZERO,
         strict: false,
         wait_replicas: 0,
+        create: true,
         migrate: true,
         tls: TlsFiles::default(),
     }

@@ -51,6 +51,7 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("gateway", "store::AnyStore", "names the ledger's type"),
     ("gateway", "store::StoreError", "tells a full store from a failed one in its answers"),
     ("gateway", "store::RecordId", "names the record"),
+    ("store", "clock::since_boot", "a shared store's time is counted as leases are"),
     ("admin", "gateway::GatewayLedger", "names the ledger's type"),
     ("admin", "gateway::reply", "records an operator's answer as any response"),
     ("admin", "gateway::headers::IDEMPOTENCY_OUTCOME", "the same"),
@@ -70,6 +71,14 @@ const CLOCK_READERS: &[(&str, &str)] = &[
     ("src/clock.rs", "the one place that does"),
     ("src/store/embedded/space.rs", "paces a system call; no record depends on it"),
     ("src/store/embedded/scrub.rs", "paces its own work; no record depends on it"),
+];
+
+/// Who may read the process's environment, and why.
+const ENVIRONMENT_READERS: &[(&str, &str)] = &[
+    ("src/main.rs", "hands the environment to `config`"),
+    ("src/command/client.rs", "the same, for `oncegate records`"),
+    ("src/telemetry.rs", "RUST_LOG says what is logged"),
+    ("src/fault.rs", "fail points of crash tests, in builds of their own"),
 ];
 
 struct Source {
@@ -335,6 +344,22 @@ fn the_system_clocks_are_read_in_one_place() {
 }
 
 #[test]
+fn the_environment_is_read_in_few_places() {
+    let mut wrong = Vec::new();
+    for source in sources() {
+        if ENVIRONMENT_READERS.iter().any(|(path, _)| *path == source.path) {
+            continue;
+        }
+        for (at, line) in source.code.lines().enumerate() {
+            if line.contains("env::var") {
+                wrong.push(format!("{}:{}: {}", source.path, at + 1, line.trim()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "settings come from `config`, where they are documented: {wrong:#?}");
+}
+
+#[test]
 fn nothing_is_left_to_do() {
     let mut wrong = Vec::new();
     for source in sources() {
@@ -352,7 +377,7 @@ fn nothing_is_left_to_do() {
 #[test]
 fn every_exception_has_a_reason_and_its_file() {
     let sources = sources();
-    for (path, reason) in LONG_FILES.iter().chain(CLOCK_READERS) {
+    for (path, reason) in LONG_FILES.iter().chain(CLOCK_READERS).chain(ENVIRONMENT_READERS) {
         assert!(!reason.is_empty(), "{path}");
         assert!(sources.iter().any(|source| source.path == *path), "{path} is gone");
     }

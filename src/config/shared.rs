@@ -65,7 +65,8 @@ pub(super) fn resolve(node: Option<Node>, errors: &mut Errors) -> Resolved {
     let min_free_bytes = section.read("min_free", size(0)).unwrap_or(64 << 20);
     let durabilities = [("strict", Durability::Strict), ("relaxed", Durability::Relaxed)];
     let durability = section.read("durability", choice(&durabilities)).unwrap_or(Durability::Strict);
-    let (lease, shared) = shared_keys(&mut section, engine, &engine_at, durability == Durability::Strict);
+    let (lease, mut shared) = shared_keys(&mut section, engine, &engine_at);
+    (shared.strict, shared.create) = (durability == Durability::Strict, create);
     section.finish();
     let options = match engine {
         Engine::Memory => store::Options::Memory,
@@ -80,7 +81,7 @@ pub(super) fn resolve(node: Option<Node>, errors: &mut Errors) -> Resolved {
 }
 
 /// What is said of a shared store; with another engine it is read all the same, so that mistakes are found.
-fn shared_keys(section: &mut Section<'_>, engine: Engine, engine_at: &At, strict: bool) -> (Duration, shared::Options) {
+fn shared_keys(section: &mut Section<'_>, engine: Engine, engine_at: &At) -> (Duration, shared::Options) {
     let is_shared = !engine.schemes().is_empty();
     let lease = section.read("lease", duration(Duration::from_millis(100))).unwrap_or(LEASE);
     let most = lease / OPERATIONS_IN_A_LEASE;
@@ -118,12 +119,24 @@ fn shared_keys(section: &mut Section<'_>, engine: Engine, engine_at: &At, strict
     let tls_node = section.take("tls");
     let tls_at = tls_node.as_ref().map(|node| node.at.clone());
     let tls = tls(tls_node, section.errors);
-    if let Some(at) = tls_at.filter(|_| !is_shared) {
-        section.add(&at, "tls", "is of shared stores; the engine is another");
+    if let Some(at) = tls_at {
+        match &url {
+            _ if !is_shared => section.add(&at, "tls", "is of shared stores; the engine is another"),
+            Some(url) if is_plain(url, engine) => {
+                let reason = "has no effect with this store.url, which asks for no TLS; write rediss://, \
+                              rediss+sentinel:// or rediss+cluster:// (postgres: no sslmode=disable)";
+                section.add(&at, "tls", reason);
+            }
+            _ => {}
+        }
     }
     let wait_replicas = u32::try_from(wait_replicas).unwrap_or(0);
     let url = url.unwrap_or_default();
-    (lease, shared::Options { url, password, prefix, timeout, start_timeout, strict, wait_replicas, migrate, tls })
+    // Both are every store's.
+    let (strict, create) = (true, true);
+    let options =
+        shared::Options { url, password, prefix, timeout, start_timeout, strict, create, wait_replicas, migrate, tls };
+    (lease, options)
 }
 
 /// The rest of it is for the driver to understand. It may hold a password: it is not quoted.
@@ -137,6 +150,11 @@ fn url(value: &Value, engine: Engine) -> Result<String, String> {
         Some((scheme, rest)) if schemes.contains(&scheme) && !rest.is_empty() => Ok(text),
         _ => Err(format!("is no URL of this engine; its scheme is one of {}", schemes.join(", "))),
     }
+}
+
+/// Whether all would go in the clear, whatever `[store.tls]` says. PostgreSQL's driver wants TLS if there are files for it.
+fn is_plain(url: &str, engine: Engine) -> bool {
+    if engine == Engine::Redis { !url.starts_with("rediss") } else { url.contains("sslmode=disable") }
 }
 
 /// Part of the names of keys, channels and tables.

@@ -91,6 +91,12 @@ impl Postgres {
         let late = || connector.unreachable("no answer in time");
         let checked = timeout(options.timeout, connector.check(&connection)).await;
         let time = StoreTime::new(checked.map_err(|_| late())??);
+        if !options.create {
+            let found = timeout(options.timeout, schema::find(&connection, &connector)).await.map_err(|_| late())??;
+            if found == schema::Schema::Absent {
+                options.may_create()?;
+            }
+        }
         // Tables may take longer than an operation: another gateway may be at it, and this one waits.
         let made = options.migrate
             && timeout(MIGRATION_MAX, schema::migrate(&mut connection, &connector)).await.map_err(|_| late())??;
@@ -105,6 +111,11 @@ impl Postgres {
         };
         let (empty, counts) = timeout(options.timeout, survey).await.map_err(|_| late())??;
         let created = made || empty.try_get::<_, bool>(0).unwrap_or(false);
+        if created {
+            // Tables that nobody has used yet are no store either.
+            options.may_create()?;
+        }
+        timeout(options.timeout, connector.learn_birthmark(&connection)).await.map_err(|_| late())??;
         let gauges = Arc::new(Gauges { counts: Mutex::new(Counts::read(&counts)), wanted: Notify::new() });
         let driver = Driver::start(connector, connection, time);
         let (watches, interests) = Watches::new();

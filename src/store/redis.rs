@@ -18,11 +18,12 @@ mod link;
 mod listing;
 mod resp;
 mod tls;
+mod trust;
 mod upkeep;
 mod url;
 mod word;
 
-use self::url::Mode;
+use self::url::{Mode, Target};
 use super::shared::{OpenError, Options, Watches};
 use super::{
     Entry, Health, OLDEST_TRACKED, Page, RecordId, Status, Store, StoreError, StoreTime, Swap, Tag, Urgency, Value,
@@ -31,7 +32,7 @@ use super::{
 use bytes::Bytes;
 use cluster::Cluster;
 use dial::{Common, DialError, Dialer, Place};
-use layout::{FORMAT, LATE, Layout, Request};
+use layout::{FORMAT, LATE, Layout, OTHER, Request};
 use link::{Answer, Driver, Lost, Op, Parts, Stats, Way};
 use resp::{Output, Reply};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -70,16 +71,17 @@ impl Redis {
             let reason = "is empty, or has a brace or a control character in it".to_owned();
             return Err(OpenError::Options { key: "prefix", reason });
         }
-        let dialer = Dialer::new(options)?;
-        let is_cluster = dialer.target.mode == Mode::Cluster;
+        let is_cluster = Target::parse(options)?.mode == Mode::Cluster;
         let layout = Layout::new(&options.prefix, !is_cluster);
+        let dialer = Dialer::new(options, layout.birthmark())?;
         let common = Arc::new(Common { dialer, layout, timeout: options.timeout });
         // Dropped, it ends its tasks.
         let opened =
             if is_cluster { Self::cluster(Arc::clone(&common)).await } else { Self::one(Arc::clone(&common)).await };
         let mut store = opened.map_err(|error| error.at(&common.dialer.place))?;
         let core = Arc::clone(&store.core);
-        store.created = core.mark_format().await?;
+        store.created = core.mark_format(options).await?;
+        core.learn_birthmark().await?;
         core.survey().await.map_err(|error| core.refused(&error))?;
         store.keep(tokio::spawn(upkeep::run(core)).abort_handle());
         Ok(store)
@@ -97,6 +99,7 @@ impl Redis {
             common: Arc::clone(&common),
             place: Place::Master,
             time: time.clone(),
+            leads: true,
             stats: Arc::clone(&stats),
             bounce: None,
         });
@@ -198,15 +201,18 @@ impl Core {
     }
 
     /// Whether it was this call that has made the store.
-    async fn mark_format(&self) -> Result<bool, OpenError> {
+    async fn mark_format(&self, options: &Options) -> Result<bool, OpenError> {
         let key = self.common.layout.format();
+        let get = || self.ask(Self::plain(0, &[b"GET", &key]));
+        if !options.create && get().await.map_err(|error| self.refused(&error))? == Reply::Nil {
+            options.may_create()?;
+        }
         let set = Request::PlainWrite { command: Self::command(&[b"SET", &key, FORMAT.as_bytes(), b"NX"]) };
         let set = self.ask(set).await.map_err(|error| self.refused(&error))?;
         if set != Reply::Nil {
             return Ok(true);
         }
-        let found = self.ask(Self::plain(0, &[b"GET", &key])).await.map_err(|error| self.refused(&error))?;
-        match found {
+        match get().await.map_err(|error| self.refused(&error))? {
             Reply::Bulk(found) if found == FORMAT.as_bytes() => Ok(false),
             found => {
                 let found = found.bulk().map(|found| String::from_utf8_lossy(&found).into_owned());
@@ -214,6 +220,24 @@ impl Core {
                 Err(OpenError::Refused { place: self.common.dialer.place.clone(), reason })
             }
         }
+    }
+
+    /// By which this store is known again; made now, if it has none yet.
+    async fn learn_birthmark(&self) -> Result<(), OpenError> {
+        let key = self.common.layout.birthmark();
+        let mut random = [0; 16];
+        getrandom::fill(&mut random).map_err(|error| {
+            let reason = format!("the operating system gave no randomness for its birthmark: {error}");
+            OpenError::Refused { place: self.common.dialer.place.clone(), reason }
+        })?;
+        let fresh = format!("{:032x}", u128::from_be_bytes(random));
+        let set = Request::PlainWrite { command: Self::command(&[b"SET", &key, fresh.as_bytes(), b"NX"]) };
+        self.ask(set).await.map_err(|error| self.refused(&error))?;
+        // Another gateway may have been faster.
+        let found = self.ask(Self::plain(0, &[b"GET", &key])).await.map_err(|error| self.refused(&error))?;
+        let found = found.bulk().ok_or_else(|| self.refused(&odd(None)))?;
+        self.common.dialer.trust.learn(found);
+        Ok(())
     }
 
     fn refused(&self, error: &StoreError) -> OpenError {
@@ -235,7 +259,8 @@ impl Core {
             let detail = "something that is not a string stands under its key".to_owned();
             return Err(StoreError::Damaged { id: write.id, detail });
         }
-        if error.contains("OOM command not allowed") && write.urgency == Urgency::Claim {
+        // Of a second try it says nothing about the first.
+        if error.contains("OOM command not allowed") && write.urgency == Urgency::Claim && !answer.again {
             let path = format!("{} (its maxmemory is used up)", self.common.dialer.place);
             return Err(StoreError::Full { path, min_free_bytes: 1 });
         }
@@ -254,10 +279,12 @@ impl Core {
             Reply::Int(version) => Ok(Swap::Done(Version(u64::try_from(version).unwrap_or(0)))),
             Reply::Bulk(bytes) => Ok(told(Layout::entry(id, bytes)?, Some(&value))),
             Reply::Nil => Ok(Swap::Conflict(None)),
-            Reply::Status(status) if status == LATE => {
-                let reason = "it came to the store too late".to_owned();
-                Err(StoreError::Unavailable { reason, may_land_until_ms: None })
-            }
+            Reply::Status(status) if status == LATE => Err(late()),
+            Reply::Status(status) if status == OTHER => Err(StoreError::Unavailable {
+                reason: self.common.dialer.trust.disown().to_string(),
+                // An earlier attempt may have come before the store was emptied.
+                may_land_until_ms: Some(deadline_ms).filter(|_| answer.again),
+            }),
             _ => Err(odd(Some(deadline_ms))),
         }
     }
@@ -274,13 +301,15 @@ impl Core {
         // gateway in its place on a server that has lost this write.
         let version = Version(expected.0.saturating_add(1).max(now_ms.saturating_mul(1000)));
         let removes = new.is_none();
-        let request = Request::Update { id, expected, new: new.clone().map(|value| (version, value)), now_ms };
+        let written = new.clone().map(|value| (version, value));
+        let request = Request::Update { id, expected, new: written, now_ms, deadline_ms };
         let answer = self.write(request, Write { id, urgency, deadline_ms }).await?;
         match answer.reply {
             Reply::Int(_) => Ok(Swap::Done(version)),
             Reply::Bulk(bytes) => Ok(told(Layout::entry(id, bytes)?, new.as_ref())),
             Reply::Nil if removes && answer.again => Ok(Swap::Done(version)),
             Reply::Nil => Ok(Swap::Conflict(None)),
+            Reply::Status(status) if status == LATE => Err(late()),
             _ => Err(odd(Some(deadline_ms))),
         }
     }
@@ -309,6 +338,12 @@ fn warn_of_memory(common: &Common) {
 /// What stands there is our own write if it equals it: then the answer to an earlier attempt was lost.
 fn told(found: Entry, new: Option<&Value>) -> Swap {
     if Some(&found.value) == new { Swap::Done(found.version) } else { Swap::Conflict(Some(found)) }
+}
+
+/// An earlier attempt has not landed either, nor will it: it had the same deadline.
+fn late() -> StoreError {
+    let reason = "it came to the store too late".to_owned();
+    StoreError::Unavailable { reason, may_land_until_ms: None }
 }
 
 fn odd(may_land_until_ms: Option<u64>) -> StoreError {
@@ -399,7 +434,8 @@ impl Store for Redis {
     /// have to look at each.
     fn status(&self) -> Status {
         let core = &self.core;
-        let health = match (core.closed.load(Ordering::Acquire), core.way.is_down()) {
+        let out_of_reach = core.way.is_down() || core.common.dialer.trust.is_barred();
+        let health = match (core.closed.load(Ordering::Acquire), out_of_reach) {
             (true, _) => Health::Failed,
             (_, true) => Health::Unreachable,
             _ => Health::Ok,

@@ -30,6 +30,8 @@ pub struct Options {
     pub start_timeout: Duration,
     /// Refuse a store that may lose what it has acknowledged.
     pub strict: bool,
+    /// Make a store that is not there. Otherwise that is an error: what is missing may have been lost.
+    pub create: bool,
     /// Redis: how many replicas have to have each claim and each outcome, by `WAIT`, or by `WAITAOF` if it is strict.
     pub wait_replicas: u32,
     /// PostgreSQL: create and migrate the tables at the start.
@@ -61,6 +63,15 @@ impl Options {
         let path = path.split(['?', '#']).next().unwrap_or_default();
         format!("{scheme}://{hosts}{path}")
     }
+
+    /// # Errors
+    /// [`OpenError::Missing`], if a store must not be made.
+    pub(crate) fn may_create(&self) -> Result<(), OpenError> {
+        if self.create {
+            return Ok(());
+        }
+        Err(OpenError::Missing { place: self.place(), prefix: self.prefix.clone() })
+    }
 }
 
 impl fmt::Debug for Options {
@@ -68,6 +79,10 @@ impl fmt::Debug for Options {
         f.debug_struct("Options").field("place", &self.place()).field("prefix", &self.prefix).finish_non_exhaustive()
     }
 }
+
+/// What is said of a store without the birthmark that it had when it was opened.
+pub(super) const ANOTHER: &str = "this is not the store that the gateway started with: it was emptied or set up anew, or it \
+                                  is another one. Bring the right one back; or restart all gateways, and all keys are new";
 
 /// Why a shared store cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -77,9 +92,18 @@ pub enum OpenError {
     Options { key: &'static str, reason: String },
     #[error("the store at {place} cannot be reached: {reason}")]
     Unreachable { place: String, reason: String },
+    /// [`Options::create`] is false.
+    #[error(
+        "there is no store at {place} whose names begin with {prefix:?}, and `store.create` is false: is it the right server \
+         and database?"
+    )]
+    Missing { place: String, prefix: String },
     /// It answers, but refuses: a password, a right, a table.
     #[error("the store at {place} refuses: {reason}")]
     Refused { place: String, reason: String },
+    /// It does not bear the birthmark of the store that was opened. Only of one that is connected to anew.
+    #[error("the store at {place} cannot be used any more: {ANOTHER}")]
+    Another { place: String },
     /// `durability = "strict"` would be a lie.
     #[error(
         "the store at {place} may lose what it has acknowledged: {reason}. Mend it, or write store.durability = \
@@ -139,6 +163,7 @@ mod tests {
                 start_timeout: Duration::ZERO,
                 strict: true,
                 wait_replicas: 0,
+                create: true,
                 migrate: true,
                 tls: super::TlsFiles::default(),
             };

@@ -234,6 +234,29 @@ fn where_the_operator_says_so_requests_pass_without_a_record_and_are_counted(eng
     assert_eq!(fleet.upstream.executions("k"), 4);
 }
 
+/// Who has started before it and who starts after it would make different ids of one key.
+fn a_store_that_is_emptied_is_used_no_more_by_those_who_knew_it(engine: Engine) {
+    let Some(mut fleet) = Fleet::alone(engine, 2, Upstream::counting(), "cache.max_bytes = 0") else { return };
+    assert_eq!(fleet.post(0, "before").status, 201);
+    fleet.server.empty(&fleet.prefix);
+    for gateway in [0, 1] {
+        fleet.wait_for_store(gateway, false);
+    }
+    fleet.join("cache.max_bytes = 0", &[]).unwrap();
+    assert_eq!(fleet.post(2, "after").status, 201);
+    for gateway in [0, 1] {
+        expect_unavailable(&fleet.post(gateway, "after"));
+        let log = fleet.gateways[gateway].log();
+        let told = log.lines().filter(|line| line.contains("ERROR") && line.contains("not the store that the gateway"));
+        assert_eq!(told.count(), 1, "told once: {log}");
+    }
+    fleet.executed_once("after");
+    // All keys are new to it.
+    fleet.restart(0);
+    assert!(fleet.post(0, "after").replayed());
+    assert!(!fleet.post(0, "before").replayed());
+}
+
 fn a_gateway_whose_connections_are_cut_connects_again_by_itself(engine: Engine) {
     let Some(fleet) = Fleet::start(engine, 2, Upstream::counting(), "") else { return };
     for n in 0..30 {
@@ -257,4 +280,5 @@ for_each_store! {
     those_who_wait_elsewhere_live_through_an_outage
     where_the_operator_says_so_requests_pass_without_a_record_and_are_counted
     a_gateway_whose_connections_are_cut_connects_again_by_itself
+    a_store_that_is_emptied_is_used_no_more_by_those_who_knew_it
 }

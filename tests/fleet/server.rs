@@ -94,6 +94,32 @@ impl Server {
         }
     }
 
+    /// Loses all that gateways with that prefix have in it.
+    pub(crate) fn empty(&self, prefix: &str) {
+        match self {
+            Self::Redis(server) => drop(server.lock().unwrap().client().ask(&["FLUSHALL"])),
+            Self::Postgres(_) => drop(self.sql(&format!("TRUNCATE {prefix}_records, {prefix}_settings"))),
+        }
+    }
+
+    /// Whether there is nothing in it, of any store.
+    pub(crate) fn is_empty(&self) -> bool {
+        match self {
+            Self::Redis(server) => server.lock().unwrap().client().ask(&["DBSIZE"]).text() == "0",
+            Self::Postgres(_) => self.sql("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == "0",
+        }
+    }
+
+    pub(crate) fn lose_secret(&self, prefix: &str) {
+        match self {
+            Self::Redis(server) => {
+                let key = format!("{prefix}:{{00}}:setting:secret");
+                assert_eq!(server.lock().unwrap().client().ask(&["DEL", &key]).text(), "1");
+            }
+            Self::Postgres(_) => drop(self.sql(&format!("DELETE FROM {prefix}_settings WHERE name = 'secret'"))),
+        }
+    }
+
     /// How many connections it has, as it says itself.
     pub(crate) fn connections(&self) -> usize {
         match self {

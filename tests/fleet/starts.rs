@@ -160,6 +160,31 @@ fn gateways_that_start_at_once_over_an_empty_store_agree(engine: Engine) {
     assert!(!created(&&later) && later.metric("oncegate_store_created") == 0.0, "it was there");
 }
 
+fn a_store_that_is_missing_is_an_error_where_it_must_not_be_made(engine: Engine) {
+    let Some(server) = Server::start(engine) else { return };
+    let (upstream, prefix) = (Upstream::counting(), fresh_prefix());
+    let start = |create: bool| {
+        let further = format!("store.create = {create}\ncache.max_bytes = 0");
+        let settings = settings(engine, &server.url(server.addr()), &prefix, &further);
+        Gateway::try_start(Arc::new(tempfile::tempdir().unwrap()), &upstream.url(), &settings, &[], &[])
+    };
+    // As an embedded store that is missing.
+    let missing = || {
+        let said = refused(start(false), 1);
+        assert!(said.contains("there is no store at") && said.contains("`store.create` is false"), "{said}");
+    };
+    missing();
+    assert!(server.is_empty(), "nothing was made");
+    let gateway = start(true).unwrap();
+    assert!(!gateway.post("k", "{}").replayed());
+    assert!(start(false).unwrap().post("k", "{}").replayed(), "it is there");
+    // A part of it is lost: with another secret all keys would be new.
+    server.lose_secret(&prefix);
+    missing();
+    server.empty(&prefix);
+    missing();
+}
+
 fn fleets_with_prefixes_of_their_own_share_a_server_but_no_keys(engine: Engine) {
     let Some(one) = Fleet::start(engine, 1, Upstream::counting(), "") else { return };
     let Some(other) = Fleet::start(engine, 1, Upstream::counting(), "") else { return };
@@ -196,6 +221,7 @@ for_each_store! {
     a_start_waits_for_a_store_that_is_about_to_start
     a_store_that_may_lose_what_it_acknowledged_is_refused_unless_the_operator_accepts_that
     gateways_that_start_at_once_over_an_empty_store_agree
+    a_store_that_is_missing_is_an_error_where_it_must_not_be_made
     fleets_with_prefixes_of_their_own_share_a_server_but_no_keys
     a_gateway_that_would_make_other_ids_is_refused_unless_they_are_accepted
 }

@@ -58,8 +58,8 @@ impl Server {
     }
 
     /// Three masters that share the slots.
-    pub fn cluster() -> [Self; 3] {
-        let nodes = [0; 3].map(|_| Self::start(&["--cluster-enabled", "yes", "--cluster-node-timeout", "1000"]));
+    pub fn cluster(arguments: &[&str]) -> [Self; 3] {
+        let nodes = [0; 3].map(|_| Self::node(arguments));
         for (node, slots) in nodes.iter().zip([("0", "5460"), ("5461", "10922"), ("10923", "16383")]) {
             node.client().ask(&["CLUSTER", "ADDSLOTSRANGE", slots.0, slots.1]);
             node.client().ask(&["CLUSTER", "MEET", "127.0.0.1", &nodes[0].port.to_string()]);
@@ -70,6 +70,11 @@ impl Server {
             std::thread::sleep(Duration::from_millis(20));
         }
         nodes
+    }
+
+    /// A node of a cluster, still alone.
+    pub fn node(arguments: &[&str]) -> Self {
+        Self::start(&[&["--cluster-enabled", "yes", "--cluster-node-timeout", "1000"], arguments].concat())
     }
 
     /// A replica of this one, in step with it.

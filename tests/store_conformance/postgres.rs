@@ -34,6 +34,7 @@ fn in_postgres() -> Option<InPostgres> {
         start_timeout: Duration::ZERO,
         strict: true,
         wait_replicas: 0,
+        create: true,
         migrate: true,
         tls: TlsFiles::default(),
     }))

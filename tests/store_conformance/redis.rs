@@ -28,6 +28,7 @@ impl Backend for InRedis {
             start_timeout: Duration::ZERO,
             strict: false,
             wait_replicas: 0,
+            create: true,
             migrate: true,
             tls: TlsFiles::default(),
         };

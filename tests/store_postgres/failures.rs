@@ -241,3 +241,72 @@ async fn a_standby_that_is_promoted_is_found() {
     let settled = put(&store, id(1), Some(held), value(COMPLETED, Some(1 << 50), "settled")).await;
     assert!(settled > held);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lock_in_the_way_leaves_no_backends_behind() {
+    let Some(server) = Server::start(&[]) else { return };
+    let options = options(server.url(), MS(1000));
+    let store = open(&options).await;
+    let held = put(&store, id(1), None, value(CLAIMED, None, "claim")).await;
+    let prefix = &options.prefix;
+    let (locker, watcher) = (session(&server.url()).await, session(&server.url()).await);
+    locker.batch_execute(&format!("BEGIN; SELECT FROM {prefix}_records FOR UPDATE")).await.unwrap();
+    let backends = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'oncegate'";
+    let started = "SELECT max(backend_start)::text FROM pg_stat_activity WHERE application_name = 'oncegate'";
+    let newest = async || watcher.query_one(started, &[]).await.unwrap().get::<_, String>(0);
+    // All connections stand.
+    until("all stand", async || watcher.query_one(backends, &[]).await.unwrap().get::<_, i64>(0) == 3).await;
+    let before = newest().await;
+    for _ in 0..3 {
+        let settled = swap(&store, id(1), Some(held), Some(value(COMPLETED, Some(1 << 50), "settled"))).await;
+        assert!(matches!(settled, Err(StoreError::Unavailable { .. })), "{settled:?}");
+    }
+    assert_eq!(newest().await, before, "none was given up for a new one");
+    locker.batch_execute("COMMIT").await.unwrap();
+    until("it is settled", async || {
+        swap(&store, id(1), Some(held), Some(value(COMPLETED, Some(1 << 50), "settled"))).await.is_ok()
+    })
+    .await;
+}
+
+/// A commit waits for it, and nobody may cancel that: it would be done all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standby_that_is_waited_for_takes_few_backends() {
+    let Some(server) = Server::start(&[]) else { return };
+    let store = Arc::new(open(&options(server.url(), MS(300))).await);
+    let session = session(&server.url()).await;
+    let set = async |sql: &str| {
+        session.batch_execute(sql).await.unwrap();
+        session.batch_execute("SELECT pg_reload_conf()").await.unwrap();
+    };
+    set("ALTER SYSTEM SET synchronous_standby_names = 'nobody'").await;
+    let backends = async || {
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'oncegate'";
+        session.query_one(sql, &[]).await.unwrap().get::<_, i64>(0)
+    };
+    // Several at a time, so that all connections have something to wait for.
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let claimants: Vec<_> = (0..8_u64)
+        .map(|claimant| {
+            let (store, stop) = (Arc::clone(&store), Arc::clone(&stop));
+            tokio::spawn(async move {
+                let mut n = claimant;
+                while !stop.load(Ordering::SeqCst) {
+                    let _ = swap(&store, id(n), None, Some(value(CLAIMED, None, "claim"))).await;
+                    tokio::time::sleep(MS(5)).await;
+                    n += 8;
+                }
+            })
+        })
+        .collect();
+    // Three that were in use, and four before.
+    until("no more are made", async || store.status().health == Health::Unreachable && backends().await == 7).await;
+    assert_eq!((store.status().health, backends().await), (Health::Unreachable, 7));
+    set("ALTER SYSTEM RESET synchronous_standby_names").await;
+    until_health(&store, Health::Ok).await;
+    stop.store(true, Ordering::SeqCst);
+    for claimant in claimants {
+        claimant.await.unwrap();
+    }
+    put(&store, id(u64::MAX), None, value(CLAIMED, None, "claim")).await;
+}

@@ -148,6 +148,74 @@ async fn tables_are_made_once_by_whoever_may() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tables_that_were_emptied_are_another_store_until_they_are_back() {
+    let Some(server) = Server::start(&[]) else { return };
+    let session = session(&server.url()).await;
+    let options = options(server.url(), MS(3000));
+    let store = open(&options).await;
+    let version = put(&store, id(1), None, value(CLAIMED, None, "claim")).await;
+    let prefix = &options.prefix;
+    let disowned = async |n: u64| match swap(&store, id(n), None, Some(value(CLAIMED, None, "claim"))).await {
+        Err(StoreError::Unavailable { reason, may_land_until_ms: None }) => {
+            assert!(reason.contains("not the store that the gateway started with"), "{reason}");
+        }
+        other => panic!("{other:?}"),
+    };
+    session
+        .batch_execute(&format!(
+            "CREATE TABLE kept_records AS TABLE {prefix}_records; CREATE TABLE kept_settings AS TABLE {prefix}_settings; \
+             TRUNCATE {prefix}_records, {prefix}_settings"
+        ))
+        .await
+        .unwrap();
+    // The heartbeat looks.
+    until_health(&store, Health::Unreachable).await;
+    disowned(2).await;
+    // Whoever starts now begins a new store, and is alone with it.
+    let new = open(&options).await;
+    assert!(new.status().created);
+    put(&new, id(1), None, value(CLAIMED, None, "anew")).await;
+    disowned(2).await;
+    new.close();
+    let count = session.query_one(&format!("SELECT count(*) FROM {prefix}_records"), &[]).await.unwrap();
+    assert_eq!(count.get::<_, i64>(0), 1, "nothing else was written");
+    // A backup is brought back.
+    session
+        .batch_execute(&format!(
+            "TRUNCATE {prefix}_records, {prefix}_settings; INSERT INTO {prefix}_records TABLE kept_records; \
+             INSERT INTO {prefix}_settings TABLE kept_settings"
+        ))
+        .await
+        .unwrap();
+    until_health(&store, Health::Ok).await;
+    assert_eq!(store.get(id(1)).await.unwrap().unwrap().version, version);
+    put(&store, id(2), None, value(CLAIMED, None, "claim")).await;
+}
+
+/// While there was no connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_server_in_its_place_is_another_store() {
+    let Some(server) = Server::start(&[]) else { return };
+    let options = options(server.url(), MS(3000));
+    let store = open(&options).await;
+    put(&store, id(1), None, value(CLAIMED, None, "claim")).await;
+    let session = session(&server.url()).await;
+    let prefix = &options.prefix;
+    session
+        .batch_execute(&format!(
+            "TRUNCATE {prefix}_records; UPDATE {prefix}_settings SET value = 'another'; \
+             SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'oncegate'"
+        ))
+        .await
+        .unwrap();
+    until_health(&store, Health::Unreachable).await;
+    let claimed = swap(&store, id(1), None, Some(value(CLAIMED, None, "claim"))).await;
+    assert_eq!(unavailable(claimed), None);
+    let count = session.query_one(&format!("SELECT count(*) FROM {prefix}_records"), &[]).await.unwrap();
+    assert_eq!(count.get::<_, i64>(0), 0, "nothing was written");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tables_that_are_taken_away_are_missed_and_found_again() {
     let Some(server) = &*SERVER else { return };
     let session = session(&server.url()).await;

@@ -151,7 +151,9 @@ async fn a_write_is_one_command_and_a_read_is_one() {
         let line = stats.lines().find_map(|line| line.strip_prefix(&format!("cmdstat_{command}:calls=")));
         line.map_or(0, |line| line.split(',').next().unwrap().parse::<u64>().unwrap())
     };
-    assert_eq!((calls("evalsha"), calls("get"), calls("eval")), (2, 1, 0), "{stats}");
+    assert_eq!((calls("evalsha"), calls("eval")), (2, 0), "{stats}");
+    // The claim has looked at the birthmark, too, and so does each look at the clock.
+    assert!((2..=3).contains(&calls("get")), "{stats}");
 }
 
 #[tokio::test]

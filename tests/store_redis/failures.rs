@@ -162,6 +162,33 @@ async fn a_server_that_stands_still_is_given_up_in_time_and_what_it_does_late_is
     );
 }
 
+/// A renewal, say: its owner has given it up, and may have settled otherwise.
+#[tokio::test]
+async fn a_change_that_was_given_up_does_not_land_after_its_time() {
+    if !installed() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let store = open_hasty(&server.url(), 400).await;
+    let held = put(&store, 1, None, value(CLAIMED, "claim")).await;
+    let known = put(&store, 100, None, value(CLAIMED, "claim")).await;
+    put(&store, 100, Some(known), value(CLAIMED, "so that the script is known")).await;
+    server.pause();
+    let swapped = swap(&store, 1, Some(held), Some(value(CLAIMED, "renewed"))).await;
+    let Err(StoreError::Unavailable { may_land_until_ms: Some(at), .. }) = swapped else { panic!("{swapped:?}") };
+    until("the write can land no more", async || now_ms(&store) > at).await;
+    server.resume();
+    until("it is back", async || store.status().health == Health::Ok).await;
+    let mut client = server.client();
+    until("the server has read what was written to it", async || {
+        let stats = client.ask(&["INFO", "commandstats"]).text();
+        !stats.contains("cmdstat_evalsha:calls=3,")
+    })
+    .await;
+    let entry = Entry { version: held, value: value(CLAIMED, "claim") };
+    assert_eq!(store.get(id(1)).await.unwrap(), Some(entry), "it came too late");
+}
+
 #[tokio::test]
 async fn a_server_that_stands_still_is_noticed_without_traffic() {
     if !installed() {
@@ -258,6 +285,29 @@ async fn a_server_without_room_takes_no_claims_but_removals() {
     assert!(matches!(swap(&store, 1, Some(version), None).await.unwrap(), Swap::Done(_)));
     server.client().ask(&["CONFIG", "SET", "maxmemory", "0"]);
     put(&store, 2, None, value(CLAIMED, "claim")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_claim_whose_second_try_finds_no_room_may_have_landed() {
+    if !installed() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let proxy = Proxy::start(server.port, b"EVAL").await;
+    let store = Arc::new(open(&proxy.url()).await);
+    put(&store, 100, None, value(CLAIMED, "so that the scripts are known")).await;
+    proxy.lose(1);
+    proxy.admit(false);
+    let claiming = tokio::spawn({
+        let store = store.clone();
+        async move { swap(&store, 1, None, Some(value(CLAIMED, "claim"))).await }
+    });
+    until("the answer is lost", async || proxy.lost() == 1).await;
+    server.client().ask(&["CONFIG", "SET", "maxmemory", "1"]);
+    proxy.admit(true);
+    let claimed = claiming.await.unwrap();
+    assert!(matches!(claimed, Err(StoreError::Unavailable { may_land_until_ms: Some(_), .. })), "{claimed:?}");
+    assert!(store.get(id(1)).await.unwrap().is_some(), "it has landed");
 }
 
 #[tokio::test]

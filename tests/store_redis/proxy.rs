@@ -5,11 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 
 pub(super) struct Proxy {
     pub(super) port: u16,
     losses: Arc<AtomicUsize>,
     lost: Arc<AtomicUsize>,
+    admits: watch::Sender<bool>,
 }
 
 impl Proxy {
@@ -18,13 +20,22 @@ impl Proxy {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let (losses, lost) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-        let (to_lose, count) = (losses.clone(), lost.clone());
+        let admits = watch::Sender::new(true);
+        let (to_lose, count, mut admitted) = (losses.clone(), lost.clone(), admits.subscribe());
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
+                if admitted.wait_for(|admitted| *admitted).await.is_err() {
+                    return;
+                }
                 tokio::spawn(relay(client, server, word, to_lose.clone(), count.clone()));
             }
         });
-        Self { port, losses, lost }
+        Self { port, losses, lost, admits }
+    }
+
+    /// Whether new connections get through; otherwise they wait.
+    pub(super) fn admit(&self, admits: bool) {
+        self.admits.send_replace(admits);
     }
 
     pub(super) fn url(&self) -> String {

@@ -155,6 +155,22 @@ async fn what_is_not_redis_or_not_there_is_said_in_time() {
     drop(answers.join().unwrap());
 }
 
+/// Servers repeat what they do not understand.
+#[tokio::test]
+async fn a_password_that_a_server_repeats_is_not_shown() {
+    let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("redis://:s3cret@{}", other.local_addr().unwrap());
+    let answers = std::thread::spawn(move || {
+        use std::io::Write;
+        let (mut client, _) = other.accept().unwrap();
+        client.write_all(b"-ERR unknown command 'AUTH', with args beginning with: 's3cret' \r\n").unwrap();
+        client
+    });
+    let error = error(&options(&url)).await;
+    assert!(matches!(&error, OpenError::Refused { reason, .. } if reason == "AUTH: ERR"), "{error}");
+    drop(answers.join().unwrap());
+}
+
 #[tokio::test]
 async fn a_store_of_another_format_and_settings_that_make_no_sense_are_refused() {
     if !installed() {

@@ -7,6 +7,7 @@ use crate::store::shared::{OpenError, Options};
 use std::error::Error as _;
 use std::future::poll_fn;
 use std::str::FromStr;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -14,6 +15,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::config::{Host, SslMode, SslNegotiation, TargetSessionAttrs};
 use tokio_postgres::error::SqlState;
+use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{AsyncMessage, Client, Config, Error, Notification, Row};
 
 /// A silent peer is probed after this time without a word.
@@ -22,6 +24,8 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 const LEAVE: Duration = Duration::from_secs(1);
 /// The longest prefix: PostgreSQL cuts names off after 63 bytes.
 const PREFIX_MAX: usize = 40;
+/// Among the settings.
+const BIRTHMARK: &str = "birthmark";
 
 /// Knows the way to the server.
 pub(super) struct Connector {
@@ -34,6 +38,9 @@ pub(super) struct Connector {
     tls: MakeTls,
     pub(super) timeout: Duration,
     pub(super) strict: bool,
+    /// Made at random with the store, and known once it is open: from then on no other store will do. One that was set up anew in
+    /// its place has another secret, too, and would split the gateways that share it into two that make different ids of a key.
+    birthmark: OnceLock<Vec<u8>>,
 }
 
 impl Connector {
@@ -70,6 +77,7 @@ impl Connector {
             tls,
             timeout: options.timeout,
             strict: options.strict,
+            birthmark: OnceLock::new(),
         })
     }
 
@@ -79,12 +87,14 @@ impl Connector {
     /// All but [`OpenError::Options`].
     pub(super) async fn connect(&self) -> Result<(Connection, u64), OpenError> {
         let connection = self.reach(None).await?;
+        // All are asked at once: a connection that takes many turns to begin is long in coming.
         let checks = async {
-            let time = self.check(&connection).await?;
-            schema::check(&connection, self).await?;
-            Ok(time)
+            tokio::join!(self.check(&connection), schema::check(&connection, self), self.recognize(&connection))
         };
-        let time = timeout(self.timeout, checks).await.map_err(|_| self.unreachable("no answer in time"))??;
+        let checked = timeout(self.timeout, checks).await;
+        let (time, schema, same) = checked.map_err(|_| self.unreachable("no answer in time"))?;
+        let time = time?;
+        schema.and(same)?;
         Ok((connection, time))
     }
 
@@ -146,6 +156,43 @@ impl Connector {
         millis(&row, 5).ok_or_else(|| self.unreachable("it does not tell its time"))
     }
 
+    /// By what this store is known again; made now, if it has nothing yet.
+    ///
+    /// # Errors
+    /// [`OpenError::Unreachable`], [`OpenError::Refused`].
+    pub(super) async fn learn_birthmark(&self, connection: &Connection) -> Result<(), OpenError> {
+        let mut fresh = [0; 16];
+        getrandom::fill(&mut fresh).map_err(|error| {
+            let reason = format!("the operating system gave no randomness for its birthmark: {error}");
+            OpenError::Refused { place: self.place.clone(), reason }
+        })?;
+        let params: [(&(dyn ToSql + Sync), Type); 2] = [(&BIRTHMARK, Type::TEXT), (&&fresh[..], Type::BYTEA)];
+        let made = connection.client.query_typed(&self.sql.insert_setting, &params).await;
+        made.map_err(|error| self.refusal(&error))?;
+        // Another gateway may have been faster.
+        let found = self.birthmark_of(connection).await?;
+        let _ = self.birthmark.set(found.ok_or_else(|| self.unreachable("its birthmark is gone again"))?);
+        Ok(())
+    }
+
+    /// Whether this is the store that was opened.
+    ///
+    /// # Errors
+    /// [`OpenError::Another`]; those of any question.
+    pub(super) async fn recognize(&self, connection: &Connection) -> Result<(), OpenError> {
+        let Some(birthmark) = self.birthmark.get() else { return Ok(()) };
+        if self.birthmark_of(connection).await?.as_ref() == Some(birthmark) {
+            return Ok(());
+        }
+        Err(OpenError::Another { place: self.place.clone() })
+    }
+
+    async fn birthmark_of(&self, connection: &Connection) -> Result<Option<Vec<u8>>, OpenError> {
+        let row = connection.client.query_typed_opt(&self.sql.setting, &[(&BIRTHMARK, Type::TEXT)]).await;
+        let row = row.map_err(|error| self.refusal(&error))?;
+        Ok(row.and_then(|row| row.try_get::<_, Vec<u8>>(0).ok()))
+    }
+
     pub(super) fn unreachable(&self, reason: &str) -> OpenError {
         OpenError::Unreachable { place: self.place.clone(), reason: reason.to_owned() }
     }
@@ -187,8 +234,9 @@ fn parse(url: &str) -> Result<Config, String> {
         );
     }
     let config = Config::from_str(&url).map_err(|error| {
-        // Names an option, or one of the parser's expectations.
-        error.source().map_or_else(|| "cannot be understood".to_owned(), ToString::to_string)
+        // Names one of the parser's expectations. What it takes for an option may be the end of a password.
+        let reason = error.source().map(ToString::to_string).filter(|reason| !reason.starts_with("unknown option"));
+        reason.unwrap_or_else(|| "has an option (?name=value) that is unheard of".to_owned())
     })?;
     if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
         return Err("names no host".to_owned());
@@ -289,6 +337,10 @@ mod tests {
             "postgres://u:s3cret@h/db?sslmode=verify-ca",
             "postgres://u:s3cret@a,b,c/db?port=1,2",
             "postgres:///db?user=u&password=s3cret",
+            "postgres://u@h/db?password=a&s3cret=b",
+            "postgres://u:s3cret/x@h:port/db",
+            "postgres://u:s3cret?x@h:port/db",
+            "postgres://u:s3cret",
             "host=h password=s3cret",
             "s3cret",
         ] {

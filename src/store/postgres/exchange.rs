@@ -106,7 +106,10 @@ async fn swaps(driver: &Driver, client: &Client, ops: &mut Vec<Op>, deadline_ms:
         contents.push(new.as_ref().map(|new| &new.bytes[..]));
     }
     let (deadline, strict) = (signed(deadline_ms), driver.connector.strict);
-    let params: [(&(dyn ToSql + Sync), Type); 7] = [
+    // In whose way another transaction stands tells so before he is given up: otherwise his backend would wait on, and each new
+    // connection would add one.
+    let lock_timeout = format!("{}ms", (driver.connector.timeout.as_millis() * 3 / 8).max(1));
+    let params: [(&(dyn ToSql + Sync), Type); 8] = [
         (&ids, Type::BYTEA_ARRAY),
         (&expected, Type::INT8_ARRAY),
         (&tags, Type::INT2_ARRAY),
@@ -114,6 +117,7 @@ async fn swaps(driver: &Driver, client: &Client, ops: &mut Vec<Op>, deadline_ms:
         (&contents, Type::BYTEA_ARRAY),
         (&deadline, Type::INT8),
         (&strict, Type::BOOL),
+        (&lock_timeout, Type::TEXT),
     ];
     let rows = client.query_typed(&driver.connector.sql.swap, &params).await?;
     tell_time(driver, &rows, 5);

@@ -54,7 +54,11 @@ impl Sql {
         let may = |right: &str| format!("has_table_privilege('{records}', '{right}')");
         Self {
             get: format!("SELECT * FROM {prefix}_get_1($1)"),
-            swap: format!("SELECT * FROM {prefix}_swap_1($1, $2, $3, $4, $5, $6, $7)"),
+            // The limit is set for this transaction, and before the function is called: its last argument needs it.
+            swap: format!(
+                "SELECT swapped.* FROM (SELECT set_config('lock_timeout', $8, true) AS given) AS limits, LATERAL \
+                 {prefix}_swap_1($1, $2, $3, $4, $5, $6, $7 AND limits.given IS NOT NULL) AS swapped"
+            ),
             arm: format!("SELECT * FROM {prefix}_await_1($1)"),
             // The server's clock has the last word. What is swept and then lost in a crash is swept again.
             sweep: format!(

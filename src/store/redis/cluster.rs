@@ -4,6 +4,7 @@ use super::dial::{Common, Connected, DialError, Place};
 use super::layout::hex_digits;
 use super::link::{Bounced, Driver, Link, Op, Parts, Stats, jittered};
 use super::resp::Reply;
+use super::trust::Ground;
 use super::url::Address;
 use crate::store::StoreTime;
 use std::collections::HashMap;
@@ -18,6 +19,8 @@ const SLOTS: u16 = 16384;
 const PAUSE: Duration = Duration::from_millis(50);
 /// While a node is out of reach, the others are asked so often whether another has taken its place.
 const LOOK: Duration = Duration::from_millis(500);
+/// So often whether the nodes have got replicas: before one of these can take over, if that may be.
+const STRICT_LOOK: Duration = Duration::from_secs(5);
 
 /// The owner of each bucket.
 type Table = Vec<Address>;
@@ -97,13 +100,12 @@ impl Cluster {
 
     /// Takes a new order of things; nodes that have no part any more and are out of reach are forgotten.
     fn adopt(&self, table: &Table, mut connections: HashMap<Address, Connected>) {
-        let clock = table.first();
-        let new: Vec<_> = table
-            .iter()
-            .map(|address| (address.clone(), self.link(address, Some(address) == clock, connections.remove(address))))
-            .collect();
+        let new: Vec<_> =
+            table.iter().map(|address| (address.clone(), self.link(address, connections.remove(address)))).collect();
         *self.table.write().unwrap_or_else(PoisonError::into_inner) = new;
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        // The one clock for all is that of the first bucket's owner, whoever that is now.
+        links.iter().for_each(|(address, (link, _))| link.lead(Some(address) == table.first()));
         links.retain(|address, (link, task)| {
             let stays = table.contains(address) || !link.is_down();
             if !stays {
@@ -114,7 +116,7 @@ impl Cluster {
     }
 
     /// The way to a node, which may have to be made.
-    fn link(&self, address: &Address, clock: bool, connected: Option<Connected>) -> Link {
+    fn link(&self, address: &Address, connected: Option<Connected>) -> Link {
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((link, _)) = links.get(address) {
             return link.clone();
@@ -122,8 +124,8 @@ impl Cluster {
         let (link, driver) = Driver::new(Parts {
             common: Arc::clone(&self.common),
             place: Place::Node(address.clone()),
-            // One clock for all: nodes may differ.
-            time: if clock { self.time.clone() } else { StoreTime::new(0) },
+            time: self.time.clone(),
+            leads: false,
             stats: Arc::clone(&self.stats),
             bounce: Some(self.bounce.clone()),
         });
@@ -136,29 +138,28 @@ impl Cluster {
     pub(super) async fn route(self: Arc<Self>, mut bounced: mpsc::UnboundedReceiver<Bounced>) {
         // What no node takes for now.
         let mut waiting: Vec<Bounced> = Vec::new();
-        let mut looked: Option<Instant> = None;
+        let mut looked = Instant::now();
+        // Whether the order of things is to be asked for anew, as soon as that may be.
+        let mut look = false;
         loop {
-            let pause = if !waiting.is_empty() { PAUSE } else { LOOK };
-            let mut look = tokio::select! {
+            let pause = if look || !waiting.is_empty() { PAUSE } else { LOOK };
+            look |= tokio::select! {
                 Some(op) = bounced.recv() => self.redirect(op, &mut waiting),
                 () = sleep(jittered(pause)) => self.is_down(),
             };
             while let Ok(op) = bounced.try_recv() {
                 look |= self.redirect(op, &mut waiting);
             }
-            if look && looked.is_none_or(|looked| looked.elapsed() >= PAUSE * 2) {
-                let mut known: Vec<Address> = self.common.dialer.target.addresses.clone();
-                known.extend(self.links.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned());
-                if let Ok(table) = topology(&self.common, &known).await {
-                    self.adopt(&table, HashMap::new());
-                }
-                looked = Some(Instant::now());
+            look |= self.common.dialer.strict && looked.elapsed() >= STRICT_LOOK;
+            if look && looked.elapsed() >= PAUSE * 2 {
+                self.look().await;
+                (looked, look) = (Instant::now(), false);
             }
             let now = Instant::now();
             for (op, reason) in std::mem::take(&mut waiting) {
                 if op.until <= now {
                     op.fail(&reason);
-                } else if self.is_down_for(&op) {
+                } else if look || self.is_down_for(&op) {
                     waiting.push((op, reason));
                 } else {
                     self.submit(op);
@@ -167,9 +168,29 @@ impl Cluster {
         }
     }
 
+    /// Asks who has what now, and whether the cluster may still be trusted.
+    async fn look(&self) {
+        let mut known: Vec<Address> = self.common.dialer.target.addresses.clone();
+        known.extend(self.links.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned());
+        let trust = &self.common.dialer.trust;
+        match topology(&self.common, &known).await {
+            Ok(table) => {
+                trust.lift(Ground::NotStrict);
+                self.adopt(&table, HashMap::new());
+            }
+            Err(DialError::NotStrict(reason)) => trust.bar(Ground::NotStrict, Arc::from(reason)),
+            // The next time, perhaps.
+            Err(_) => {}
+        }
+    }
+
     fn is_down_for(&self, op: &Op) -> bool {
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
         table.get(usize::from(op.request.bucket())).is_none_or(|(_, link)| link.is_down())
+    }
+
+    fn knows(&self, node: &Address) -> bool {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner).contains_key(node)
     }
 
     /// Whether the order of things has to be asked for anew.
@@ -178,13 +199,18 @@ impl Cluster {
         let mut words = reason.split(' ');
         let (kind, _, to) = (words.next().unwrap_or_default(), words.next(), words.next().and_then(super::url::node));
         match (kind, to) {
+            // A node that nobody has looked at: a replica that has taken over, perhaps.
+            ("MOVED", Some(to)) if self.common.dialer.strict && !self.knows(&to) => {
+                waiting.push((op, reason));
+                true
+            }
             ("MOVED", Some(to)) => {
-                self.link(&to, false, None).submit(op);
+                self.link(&to, None).submit(op);
                 true
             }
             ("ASK", Some(to)) => {
                 op.asking = true;
-                self.link(&to, false, None).submit(op);
+                self.link(&to, None).submit(op);
                 false
             }
             ("TRYAGAIN" | "CLUSTERDOWN", _) => {
@@ -266,7 +292,105 @@ fn crc16(bytes: &[u8]) -> u16 {
 
 #[cfg(test)]
 mod tests {
-    use super::crc16;
+    use super::*;
+    use crate::store::RecordId;
+    use crate::store::redis::dial::Dialer;
+    use crate::store::redis::layout::{Layout, Request};
+    use crate::store::redis::resp::Input;
+    use crate::store::shared::{Options, TlsFiles};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio::sync::oneshot;
+
+    /// What `CLUSTER SLOTS` answers: from which slot to which, and the port of the owner.
+    type Slots = Arc<Mutex<Vec<(u16, u16, u16)>>>;
+
+    /// A node with a clock of its own, that knows nothing but who has what.
+    async fn node(clock_s: u64, slots: Slots) -> u16 {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                tokio::spawn(answer(client, clock_s, Arc::clone(&slots)));
+            }
+        });
+        port
+    }
+
+    async fn answer(mut client: TcpStream, clock_s: u64, slots: Slots) -> Option<()> {
+        let mut input = Input::default();
+        loop {
+            client.read_buf(&mut input.bytes).await.ok().filter(|n| *n > 0)?;
+            while let Ok(Some(command)) = input.next() {
+                let name = command.array()?.into_iter().next()?.bulk()?;
+                let text = match &name[..] {
+                    b"INFO" => {
+                        let info = "redis_version:7.0.0\r\nrole:master\r\nmaxmemory_policy:noeviction\r\n";
+                        format!("${}\r\n{info}\r\n", info.len())
+                    }
+                    b"TIME" => format!("*2\r\n${}\r\n{clock_s}\r\n$1\r\n0\r\n", clock_s.to_string().len()),
+                    b"CLUSTER" => {
+                        let slots = slots.lock().unwrap();
+                        let each = slots.iter().map(|(from, to, port)| {
+                            format!("*3\r\n:{from}\r\n:{to}\r\n*2\r\n$9\r\n127.0.0.1\r\n:{port}\r\n")
+                        });
+                        format!("*{}\r\n{}", slots.len(), each.collect::<String>())
+                    }
+                    _ => "$-1\r\n".to_owned(),
+                };
+                client.write_all(text.as_bytes()).await.ok()?;
+            }
+        }
+    }
+
+    fn common(port: u16) -> Arc<Common> {
+        let options = Options {
+            url: format!("redis+cluster://127.0.0.1:{port}"),
+            password: None,
+            prefix: "og".to_owned(),
+            timeout: Duration::from_secs(5),
+            start_timeout: Duration::ZERO,
+            strict: false,
+            create: true,
+            wait_replicas: 0,
+            migrate: true,
+            tls: TlsFiles::default(),
+        };
+        let layout = Layout::new("og", false);
+        let dialer = Dialer::new(&options, layout.birthmark()).unwrap();
+        Arc::new(Common { dialer, layout, timeout: options.timeout })
+    }
+
+    #[tokio::test]
+    async fn the_clock_is_that_of_the_first_buckets_owner_whoever_it_is() {
+        const HOUR_S: u64 = 3600;
+        let slots = Slots::default();
+        let one = node(1_000_000, Arc::clone(&slots)).await;
+        let other = node(1_000_000 + HOUR_S, Arc::clone(&slots)).await;
+        let first = crc16(b"00") % SLOTS;
+        *slots.lock().unwrap() = vec![(0, first - 1, other), (first, first, one), (first + 1, SLOTS - 1, other)];
+        let (cluster, _bounced, time) = Cluster::open(common(one), Arc::default()).await.unwrap();
+        let ask = async |bucket: u8| {
+            let (answer, answered) = oneshot::channel();
+            let (request, until) = (Request::Get(RecordId([bucket; 16])), Instant::now() + Duration::from_secs(5));
+            cluster.submit(Op { request, until, maybe: false, by_text: false, asking: false, answer });
+            answered.await.unwrap().unwrap();
+        };
+        // Both are asked for their time with what they are asked: twice, for it is not asked for each time.
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_millis(500) {
+            ask(0).await;
+            ask(1).await;
+            assert!(time.now_ms() < (1_000_000 + HOUR_S / 2) * 1000, "the other's clock does not count");
+        }
+        *slots.lock().unwrap() = vec![(0, SLOTS - 1, other)];
+        cluster.look().await;
+        while time.now_ms() < (1_000_000 + HOUR_S) * 1000 {
+            assert!(began.elapsed() < Duration::from_secs(20), "its new owner tells the time");
+            ask(1).await;
+        }
+        cluster.close();
+    }
 
     #[test]
     fn the_checksum_is_that_of_the_specification() {

@@ -2,9 +2,11 @@
 
 use super::layout::Layout;
 use super::resp::{Input, Output, Reply};
+use super::trust::Trust;
 use super::url::{Address, Mode, Target};
 use crate::store::shared::{OpenError, Options};
 use bytes::Buf;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
@@ -21,12 +23,16 @@ pub(super) enum DialError {
     /// It answers, and does not let us in.
     Refused(String),
     NotStrict(String),
+    /// No connection may be used for now; the log has been told why.
+    Barred(Arc<str>),
 }
 
 impl DialError {
     pub(super) fn reason(&self) -> &str {
-        let (Self::Unreachable(reason) | Self::Refused(reason) | Self::NotStrict(reason)) = self;
-        reason
+        match self {
+            Self::Unreachable(reason) | Self::Refused(reason) | Self::NotStrict(reason) => reason,
+            Self::Barred(reason) => reason,
+        }
     }
 
     pub(super) fn at(self, place: &str) -> OpenError {
@@ -35,6 +41,7 @@ impl DialError {
             Self::Unreachable(reason) => OpenError::Unreachable { place, reason },
             Self::Refused(reason) => OpenError::Refused { place, reason },
             Self::NotStrict(reason) => OpenError::NotStrict { place, reason },
+            Self::Barred(reason) => OpenError::Refused { place, reason: reason.to_string() },
         }
     }
 }
@@ -103,10 +110,12 @@ pub(super) struct Dialer {
     pub(super) wait_replicas: u32,
     /// For the log.
     pub(super) place: String,
+    pub(super) trust: Arc<Trust>,
 }
 
 impl Dialer {
-    pub(super) fn new(options: &Options) -> Result<Self, OpenError> {
+    /// `birthmark`: the key under which it stands.
+    pub(super) fn new(options: &Options, birthmark: Vec<u8>) -> Result<Self, OpenError> {
         let target = Target::parse(options)?;
         let tls = if target.tls { Some(super::tls::connector(&options.tls)?) } else { None };
         if target.mode == Mode::Cluster && options.wait_replicas > 0 {
@@ -115,7 +124,9 @@ impl Dialer {
         }
         let (strict, wait_replicas) = (options.strict, options.wait_replicas);
         let limit = options.timeout / 2;
-        Ok(Self { target, tls, limit, strict, wait_replicas, place: options.place() })
+        let place = options.place();
+        let trust = Arc::new(Trust::new(place.clone(), birthmark));
+        Ok(Self { target, tls, limit, strict, wait_replicas, place, trust })
     }
 
     /// One attempt, bounded in time.
@@ -125,6 +136,15 @@ impl Dialer {
     }
 
     async fn attempt(&self, place: &Place) -> Result<Connected, DialError> {
+        if let Some(reason) = self.trust.not_strict() {
+            return Err(DialError::Barred(reason));
+        }
+        let mut connected = self.arrive(place).await?;
+        self.recognize(&mut connected.connection).await?;
+        Ok(connected)
+    }
+
+    async fn arrive(&self, place: &Place) -> Result<Connected, DialError> {
         match (place, &self.target.mode) {
             (Place::Node(address), _) => self.enter(address).await,
             (Place::Master, Mode::Sentinel(name)) => {
@@ -195,6 +215,26 @@ impl Dialer {
         Ok(Connected { connection, now_ms, appends })
     }
 
+    /// Whether this is the store that was opened. A node of a cluster that has not the part with the birthmark names the one
+    /// that has.
+    async fn recognize(&self, connection: &mut Connection) -> Result<(), DialError> {
+        if self.trust.birthmark().is_none() {
+            return Ok(());
+        }
+        let get: &[&[u8]] = &[b"GET", self.trust.key()];
+        let mut reply = connection.ask(&[get]).await?.pop();
+        if let Some(Reply::Error(error)) = &reply
+            && let Some(owner) = redirected(error)
+        {
+            let mut connection = self.open(&owner).await?;
+            self.authenticate(&mut connection).await?;
+            // Without effect on one that has it already.
+            reply = connection.ask(&[&[b"ASKING"], get]).await?.pop();
+        }
+        let found = accepted(reply, "GET")?;
+        self.trust.judge(&found).map_err(DialError::Barred)
+    }
+
     /// A connection to whatever is there.
     pub(super) async fn open(&self, address: &Address) -> Result<Connection, DialError> {
         let stream: Box<dyn Duplex> = match address {
@@ -217,7 +257,14 @@ impl Dialer {
             (None, Some(password)) => connection.ask(&[&[b"AUTH", password.as_bytes()]]).await?,
             (Some(user), Some(password)) => connection.ask(&[&[b"AUTH", user.as_bytes(), password.as_bytes()]]).await?,
         };
-        accepted({ reply }.pop(), "AUTH").map(drop)
+        match accepted({ reply }.pop(), "AUTH") {
+            // Of the rest nobody knows whether it repeats what was sent.
+            Err(DialError::Refused(reason)) => {
+                let code: Vec<&str> = reason.split(' ').take(2).collect();
+                Err(DialError::Refused(code.join(" ")))
+            }
+            other => other.map(drop),
+        }
     }
 
     fn check(&self, info: &str) -> Result<(), DialError> {
@@ -286,8 +333,16 @@ fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
     info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
 }
 
+/// Where a node of a cluster sends whoever asks it for what it has not.
+fn redirected(error: &str) -> Option<Address> {
+    let mut words = error.split(' ');
+    let redirects = matches!(words.next(), Some("MOVED" | "ASK"));
+    words.nth(1).filter(|_| redirects).and_then(super::url::node)
+}
+
 /// What servers answer that may serve soon.
-const PASSING: [&str; 5] = ["LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "ERR max number of clients"];
+const PASSING: [&str; 8] =
+    ["LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "MOVED", "ASK ", "ERR max number of clients"];
 
 fn accepted(reply: Option<Reply>, what: &str) -> Result<Reply, DialError> {
     match reply {

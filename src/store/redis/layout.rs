@@ -6,6 +6,7 @@
 //! the expiry and the id. The set is an index that may hold too much (what has expired since), never too little.
 
 use super::resp::Output;
+use super::trust::Trust;
 use crate::store::{Entry, OLDEST_TRACKED, RecordId, StoreError, Tag, Value, Version};
 use aws_lc_rs::digest;
 use bytes::{Buf, Bytes};
@@ -16,33 +17,39 @@ pub(super) const HEADER: usize = 17;
 pub(super) const MEMBER: usize = 8 + 32;
 /// What stands in the key `PREFIX:{00}:format`.
 pub(super) const FORMAT: &str = "1";
-/// The answer to a creation that came too late.
+/// The answer to a write that came too late.
 pub(super) const LATE: &[u8] = b"LATE";
 /// Redis takes no later time of expiry.
 const EXPIRY_MAX: u64 = i64::MAX as u64;
 
+/// The answer to a creation in a store without the birthmark that was named.
+pub(super) const OTHER: &[u8] = b"OTHER";
+
 /// `KEYS`: the entry, and the bucket's set if the new tag is tracked. `ARGV`: the deadline in microseconds; the entry without
-/// its version; its expiry, or nothing; the set's score and member. An integer is the version of what was written.
-const CREATE: &str = "local t=redis.call('TIME') local v=t[1]*1000000+t[2] \
+/// its version; its expiry, or nothing; the key of the birthmark and the birthmark, or nothing; the set's score and member. An
+/// integer is the version of what was written.
+const CREATE: &str = "if ARGV[4]~='' and redis.call('GET',ARGV[4])~=ARGV[5] then return {ok='OTHER'} end \
+local t=redis.call('TIME') local v=t[1]*1000000+t[2] \
 if v>ARGV[1]+0 then return redis.call('GET',KEYS[1]) or {ok='LATE'} end \
 local b=struct.pack('>I8',v)..ARGV[2] local s \
 if ARGV[3]~='' then s=redis.call('SET',KEYS[1],b,'NX','PXAT',ARGV[3]) else s=redis.call('SET',KEYS[1],b,'NX') end \
 if not s then return redis.call('GET',KEYS[1]) end \
-if KEYS[2] then redis.pcall('ZADD',KEYS[2],ARGV[4],ARGV[5]) end return v";
+if KEYS[2] then redis.pcall('ZADD',KEYS[2],ARGV[6],ARGV[7]) end return v";
 
 /// `KEYS`: the entry. `ARGV`: the version expected; the new entry, empty to remove; its expiry, or nothing; whether those who
-/// wait are to be told if this ends a claim; the set's score and member, or nothing. Expects tag 2 to be the tracked one,
-/// tag 0 that of claims. The set is no key of the command's, although it is in the same slot: most writes do not touch it,
-/// and while a slot moves, a node takes no command of which it has but some of the keys.
+/// wait are to be told if this ends a claim; the deadline in microseconds; the set's score and member, or nothing. Expects
+/// tag 2 to be the tracked one, tag 0 that of claims. The set is no key of the command's, although it is in the same slot:
+/// most writes do not touch it, and while a slot moves, a node takes no command of which it has but some of the keys.
 const UPDATE: &str = "local h=redis.call('GETRANGE',KEYS[1],0,16) \
 if string.sub(h,1,8)~=ARGV[1] then return redis.call('GET',KEYS[1]) end \
+local t=redis.call('TIME') if t[1]*1000000+t[2]>ARGV[5]+0 then return {ok='LATE'} end \
 if ARGV[2]=='' then redis.call('DEL',KEYS[1]) \
 elseif ARGV[3]~='' then redis.call('SET',KEYS[1],ARGV[2],'PXAT',ARGV[3]) \
 else redis.call('SET',KEYS[1],ARGV[2]) end \
 local o=string.byte(h,9) \
-if o==2 or ARGV[5] then local z=string.sub(KEYS[1],1,-33)..'unknown' \
+if o==2 or ARGV[6] then local z=string.sub(KEYS[1],1,-33)..'unknown' \
 if o==2 then redis.pcall('ZREM',z,string.sub(h,10,17)..string.sub(KEYS[1],-32)) end \
-if ARGV[5] then redis.pcall('ZADD',z,ARGV[5],ARGV[6]) end end \
+if ARGV[6] then redis.pcall('ZADD',z,ARGV[6],ARGV[7]) end end \
 if o==0 and ARGV[4]=='1' then redis.pcall('PUBLISH',KEYS[1],'') end return 1";
 
 /// `KEYS`: the setting. `ARGV`: the new value; the expected one, or nothing. The new one in place is as good as written.
@@ -83,8 +90,8 @@ impl Script {
 #[derive(Debug)]
 pub(super) struct Layout {
     prefix: String,
-    /// Whether the end of a claim is told on its channel.
-    tells: bool,
+    /// One server has all of it: it can tell the end of a claim on its channel, and look at the birthmark with each claim.
+    single: bool,
     create: Script,
     update: Script,
     set: Script,
@@ -106,6 +113,7 @@ pub(super) enum Request {
         expected: Version,
         new: Option<(Version, Value)>,
         now_ms: u64,
+        deadline_ms: u64,
     },
     SetSetting {
         name: String,
@@ -195,10 +203,10 @@ fn header(version: Option<Version>, value: &Value) -> ([u8; HEADER], usize) {
 }
 
 impl Layout {
-    pub(super) fn new(prefix: &str, tells: bool) -> Self {
+    pub(super) fn new(prefix: &str, single: bool) -> Self {
         Self {
             prefix: prefix.to_owned(),
-            tells,
+            single,
             create: Script::new(CREATE),
             update: Script::new(UPDATE),
             set: Script::new(SET),
@@ -234,6 +242,11 @@ impl Layout {
 
     pub(super) fn format(&self) -> Vec<u8> {
         self.beside("format")
+    }
+
+    /// See [`super::trust`].
+    pub(super) fn birthmark(&self) -> Vec<u8> {
+        self.beside("birthmark")
     }
 
     /// Is written before replicas are waited for.
@@ -279,7 +292,7 @@ impl Layout {
     }
 
     /// Writes the command. `by_text`: the server has forgotten the scripts.
-    pub(super) fn encode(&self, request: &Request, by_text: bool, out: &mut Output) {
+    pub(super) fn encode(&self, request: &Request, by_text: bool, trust: &Trust, out: &mut Output) {
         match request {
             Request::Get(id) => {
                 out.command(2);
@@ -287,10 +300,11 @@ impl Layout {
                 self.push_key(out, *id);
             }
             Request::Create { id, value, now_ms, deadline_ms } => {
-                self.create(out, by_text, *id, value, [*now_ms, *deadline_ms]);
+                let birthmark = trust.birthmark().filter(|_| self.single).map(|mark| (trust.key(), &mark[..]));
+                self.create(out, by_text, *id, value, [*now_ms, *deadline_ms], birthmark.unwrap_or_default());
             }
-            Request::Update { id, expected, new, now_ms } => {
-                self.update(out, by_text, *id, *expected, new.as_ref(), *now_ms);
+            Request::Update { id, expected, new, now_ms, deadline_ms } => {
+                self.update(out, by_text, *id, *expected, new.as_ref(), [*now_ms, *deadline_ms]);
             }
             Request::SetSetting { name, expected, new } => {
                 self.set.call(out, by_text, 1, 1 + usize::from(expected.is_some()));
@@ -316,9 +330,17 @@ impl Layout {
         }
     }
 
-    fn create(&self, out: &mut Output, by_text: bool, id: RecordId, value: &Value, [now_ms, deadline_ms]: [u64; 2]) {
+    fn create(
+        &self,
+        out: &mut Output,
+        by_text: bool,
+        id: RecordId,
+        value: &Value,
+        [now_ms, deadline_ms]: [u64; 2],
+        (birthmark_key, birthmark): (&[u8], &[u8]),
+    ) {
         let tracked = value.tag == OLDEST_TRACKED;
-        let (keys, arguments) = if tracked { (2, 5) } else { (1, 3) };
+        let (keys, arguments) = if tracked { (2, 7) } else { (1, 5) };
         self.create.call(out, by_text, keys, arguments);
         self.push_key(out, id);
         if tracked {
@@ -327,6 +349,8 @@ impl Layout {
         out.number(deadline_ms.saturating_mul(1000));
         push_entry(out, None, value);
         push_expiry(out, value.expires_at_ms);
+        out.argument(birthmark_key);
+        out.argument(birthmark);
         if tracked {
             out.number(now_ms);
             out.argument(&member(id, value.expires_at_ms));
@@ -340,10 +364,10 @@ impl Layout {
         id: RecordId,
         expected: Version,
         new: Option<&(Version, Value)>,
-        now_ms: u64,
+        [now_ms, deadline_ms]: [u64; 2],
     ) {
         let tracked = new.map(|(_, value)| value).filter(|value| value.tag == OLDEST_TRACKED);
-        self.update.call(out, by_text, 1, if tracked.is_some() { 6 } else { 4 });
+        self.update.call(out, by_text, 1, if tracked.is_some() { 7 } else { 5 });
         self.push_key(out, id);
         out.argument(&expected.0.to_be_bytes());
         match new {
@@ -352,8 +376,9 @@ impl Layout {
         }
         push_expiry(out, new.and_then(|(_, value)| value.expires_at_ms));
         // A claim in place of a claim is its renewal.
-        let ends = self.tells && new.is_none_or(|(_, value)| value.tag != Tag(0));
+        let ends = self.single && new.is_none_or(|(_, value)| value.tag != Tag(0));
         out.argument(if ends { b"1" } else { b"" });
+        out.number(deadline_ms.saturating_mul(1000));
         if let Some(value) = tracked {
             out.number(now_ms);
             out.argument(&member(id, value.expires_at_ms));

@@ -67,6 +67,8 @@ pub(super) struct Stats {
 #[derive(Debug)]
 pub(super) struct State {
     down: AtomicBool,
+    /// Its server has the first bucket, where all stands that is no record: its time is the store's.
+    leads: AtomicBool,
     reason: Mutex<Arc<str>>,
 }
 
@@ -147,6 +149,11 @@ impl Link {
     pub(super) fn queued(&self) -> usize {
         self.queue.max_capacity() - self.queue.capacity()
     }
+
+    /// Whether its server has the first bucket.
+    pub(super) fn lead(&self, leads: bool) {
+        self.state.leads.store(leads, Ordering::Release);
+    }
 }
 
 /// An operation that this link cannot bring to its end, and why; for the router of a cluster.
@@ -169,6 +176,7 @@ pub(super) struct Parts {
     pub(super) common: Arc<Common>,
     pub(super) place: Place,
     pub(super) time: StoreTime,
+    pub(super) leads: bool,
     pub(super) stats: Arc<Stats>,
     pub(super) bounce: Option<mpsc::UnboundedSender<Bounced>>,
 }
@@ -176,10 +184,23 @@ pub(super) struct Parts {
 impl Driver {
     pub(super) fn new(parts: Parts) -> (Link, Self) {
         let (sender, queue) = mpsc::channel(QUEUE_MAX);
-        let state = Arc::new(State { down: AtomicBool::new(false), reason: Mutex::new(Arc::from("")) });
+        let Parts { common, place, time, leads, stats, bounce } = parts;
+        let (down, leads) = (AtomicBool::new(false), AtomicBool::new(leads));
+        let state = Arc::new(State { down, leads, reason: Mutex::new(Arc::from("")) });
         let link = Link { queue: sender, state: Arc::clone(&state) };
-        let Parts { common, place, time, stats, bounce } = parts;
         (link, Self { common, place, time, stats, bounce, queue, state, pending: VecDeque::new() })
+    }
+
+    fn leads(&self) -> bool {
+        self.state.leads.load(Ordering::Acquire)
+    }
+
+    /// The server's time has just arrived.
+    fn tell_time(&self, now_ms: u64) {
+        // One clock for all: the nodes of a cluster may differ.
+        if self.leads() {
+            self.time.told(now_ms);
+        }
     }
 
     /// Until the task is aborted.
@@ -210,7 +231,7 @@ impl Driver {
             let place = self.place.clone();
             let error = match self.meanwhile(async move { common.dialer.connect(&place).await }, false).await {
                 Ok(connected) => {
-                    self.time.told(connected.now_ms);
+                    self.tell_time(connected.now_ms);
                     if self.state.down.swap(false, Ordering::AcqRel) {
                         tracing::info!(place = self.common.dialer.place, "the store can be reached again");
                     }
@@ -226,6 +247,7 @@ impl Driver {
                     DialError::Unreachable(_) => {
                         tracing::warn!(place, %reason, "the store cannot be reached");
                     }
+                    DialError::Barred(_) => {}
                     _ => tracing::error!(place, %reason, "the store cannot be used any more"),
                 }
             }

@@ -22,7 +22,7 @@ impl fmt::Display for Address {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
-    /// One server; if there are several addresses, the one that is a master.
+    /// One server.
     Single,
     /// The addresses are those of sentinels; the name is that of the master they watch.
     Sentinel(String),
@@ -63,6 +63,11 @@ impl Target {
                 ));
             }
         };
+        // Where the hosts begin nobody knows then, and what is taken for them would be shown in errors.
+        let tail = rest.split_once(['/', '?']).map_or("", |(_, tail)| tail);
+        if kind != "unix" && tail.contains('@') {
+            return Err(wrong("has an @ behind its hosts; write @ / ? in a password as %40 %2F %3F"));
+        }
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (authority, path) = rest.find('/').map_or((rest, ""), |at| rest.split_at(at));
         let (credentials, hosts) = authority.rsplit_once('@').unwrap_or(("", authority));
@@ -95,12 +100,20 @@ impl Target {
         if mode == Mode::Cluster && database != 0 {
             return Err(wrong("a cluster has database 0 only"));
         }
+        // Whichever of them called itself a master would be taken for the store.
+        if mode == Mode::Single && addresses.len() > 1 {
+            return Err(wrong(
+                "names several hosts; write redis+sentinel://HOST,HOST/NAME or redis+cluster://HOST,HOST",
+            ));
+        }
         Ok(Self { mode, addresses, tls, user, password, database })
     }
 }
 
 fn addresses(hosts: &str, port: u16) -> Result<Vec<Address>, OpenError> {
-    hosts.split(',').map(|host| address(host, port).ok_or_else(|| wrong(format!("{host:?} is no HOST:PORT")))).collect()
+    // Not quoted: it may be a user and his password without an @.
+    let wrong = || wrong("one of its hosts is no HOST:PORT");
+    hosts.split(',').map(|host| address(host, port).ok_or_else(wrong)).collect()
 }
 
 /// As the nodes of a cluster name each other: the port is after the last colon, and IPv6 addresses have no brackets.
@@ -151,6 +164,7 @@ mod tests {
             start_timeout: Duration::ZERO,
             strict: false,
             wait_replicas: 0,
+            create: true,
             migrate: false,
             tls: TlsFiles::default(),
         })
@@ -167,8 +181,8 @@ mod tests {
             (plain.mode, plain.addresses, plain.tls, plain.database),
             (Mode::Single, vec![tcp("h", 6379)], false, 0)
         );
-        let full = parse("rediss://us%65r:p%40ss@[::1]:1,b/3", None).unwrap();
-        assert_eq!(full.addresses, [tcp("::1", 1), tcp("b", 6379)]);
+        let full = parse("rediss://us%65r:p%40ss@[::1]:1/3", None).unwrap();
+        assert_eq!(full.addresses, [tcp("::1", 1)]);
         assert_eq!((full.tls, full.database), (true, 3));
         assert_eq!((full.user.as_deref(), full.password.as_deref()), (Some("user"), Some("p@ss")));
         assert_eq!(full.addresses[0].to_string(), "[::1]:1");
@@ -200,6 +214,16 @@ mod tests {
             "redis://u:s3cret%zz@h",
             "redis://u:s3cret@h:x",
             "redis+unix:///s?database=1",
+            "redis://a,b",
+            "rediss://a:1,b:2/3",
+            // A password that should have been escaped.
+            "redis://u:s3cret/x@h:1",
+            "redis://u:s3cret?x@h:1",
+            "redis://u:1/s3cret@h:1",
+            "redis+sentinel://u:1/s3cret@h/main",
+            "redis+cluster://u:s3cret/x@h:1",
+            // A URL that was cut off.
+            "redis://u:s3cret",
         ] {
             let Err(error) = parse(url, None) else { panic!("{url}") };
             assert!(!error.to_string().contains("s3cret"), "{error}");

@@ -27,7 +27,7 @@ pub(super) async fn listen(common: Arc<Common>, watches: Arc<Watches>, mut inter
             match converse(&common, &watches, &mut interests).await {
                 // It was of use: what ended it may be over.
                 Ok(()) => backoff = BACKOFF_MIN,
-                Err(DialError::Unreachable(_)) => {}
+                Err(DialError::Unreachable(_) | DialError::Barred(_)) => {}
                 Err(error) => {
                     let (place, reason) = (&common.dialer.place, error.reason());
                     tracing::warn!(
@@ -51,9 +51,10 @@ async fn converse(
     watches: &Watches,
     interests: &mut UnboundedReceiver<Interest>,
 ) -> Result<(), DialError> {
-    let mut connection = common.dialer.connect(&Place::Master).await?.connection;
-    // What was told before now is in `wanted`.
+    // What was told before now is in `wanted`. Before each attempt, so that it does not pile up while there is nobody to
+    // connect to.
     while interests.try_recv().is_ok() {}
+    let mut connection = common.dialer.connect(&Place::Master).await?.connection;
     let mut out = Output::default();
     for id in watches.wanted() {
         subscribe(&mut out, common, Interest { id, wanted: true });
@@ -122,4 +123,39 @@ async fn write(connection: &mut Connection, out: &mut Output) -> std::io::Result
         connection.stream.write_buf(out).await?;
     }
     connection.stream.flush().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::RecordId;
+    use crate::store::redis::dial::Dialer;
+    use crate::store::redis::layout::Layout;
+    use crate::store::shared::{Options, TlsFiles};
+
+    #[tokio::test]
+    async fn interests_do_not_pile_up_while_nobody_is_there() {
+        let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let options = Options {
+            url: format!("redis://{nobody}"),
+            password: None,
+            prefix: "og".to_owned(),
+            timeout: Duration::from_secs(2),
+            start_timeout: Duration::ZERO,
+            strict: false,
+            wait_replicas: 0,
+            create: true,
+            migrate: true,
+            tls: TlsFiles::default(),
+        };
+        let layout = Layout::new("og", true);
+        let dialer = Dialer::new(&options, layout.birthmark()).unwrap();
+        let common = Common { dialer, layout, timeout: options.timeout };
+        let (watches, mut interests) = Watches::new();
+        let waiting: Vec<_> = (0..100).map(|n| watches.watch(RecordId([n; 16]))).collect();
+        assert_eq!(interests.len(), 100);
+        let attempt = converse(&common, &watches, &mut interests).await;
+        assert!(matches!(attempt, Err(DialError::Unreachable(_))));
+        assert_eq!((interests.len(), watches.wanted().len()), (0, waiting.len()));
+    }
 }

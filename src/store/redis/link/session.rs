@@ -20,14 +20,14 @@ const BATCHES_MAX: usize = 2;
 /// The clock is asked for so often while there is traffic, and once in [`HEARTBEAT`] without.
 const CLOCK: Duration = Duration::from_millis(200);
 const HEARTBEAT: Duration = Duration::from_secs(5);
-static BM: std::sync::LazyLock<usize> =
-    std::sync::LazyLock::new(|| std::env::var("BM").map_or(BATCHES_MAX, |n| n.parse().unwrap_or(2)));
 const READ: usize = 32 << 10;
 
 /// What a reply belongs to.
 enum Slot {
     Op(Op),
     Time,
+    /// The store's, see [`crate::store::redis::trust`].
+    Birthmark,
     /// The write before `WAIT`.
     Mark,
     /// `WAIT`, for all writes that came before it.
@@ -97,9 +97,12 @@ impl Session {
     /// Ready when the connection is of no use any more, with the reason.
     pub(super) fn poll(&mut self, driver: &mut Driver, context: &mut Context<'_>) -> Poll<String> {
         loop {
+            if let Some(reason) = driver.common.dialer.trust.barred() {
+                return Poll::Ready(reason.to_string());
+            }
             let mut moved = self.poll_write(context);
             moved |= self.poll_read(driver, context);
-            if self.end.is_none() && !self.output.has_remaining() && self.batches < *BM {
+            if self.end.is_none() && !self.output.has_remaining() && self.batches < BATCHES_MAX {
                 moved |= self.take(driver, context);
             }
             if let Some(reason) = self.end.take() {
@@ -185,7 +188,8 @@ impl Session {
                 self.output.argument(b"ASKING");
                 self.slots.push_back((Slot::Nobody, false));
             }
-            driver.common.layout.encode(&op.request, op.by_text, &mut self.output);
+            let common = &driver.common;
+            common.layout.encode(&op.request, op.by_text, &common.dialer.trust, &mut self.output);
             writes += u64::from(op.request.writes());
             self.slots.push_back((Slot::Op(op), false));
         }
@@ -193,7 +197,7 @@ impl Session {
             self.wait_for_replicas(driver);
         }
         if now.duration_since(self.asked_time) >= CLOCK {
-            self.ask_time(now);
+            self.ask_time(driver, now);
         }
         let Some((_, last)) = self.slots.back_mut().filter(|_| self.output.has_remaining()) else { return true };
         *last = true;
@@ -210,11 +214,18 @@ impl Session {
         true
     }
 
-    fn ask_time(&mut self, now: Instant) {
+    /// And whether it is still the same store: it may have been emptied meanwhile.
+    fn ask_time(&mut self, driver: &Driver, now: Instant) {
         self.asked_time = now;
         self.output.command(1);
         self.output.argument(b"TIME");
         self.slots.push_back((Slot::Time, false));
+        if driver.leads() {
+            self.output.command(2);
+            self.output.argument(b"GET");
+            self.output.argument(driver.common.dialer.trust.key());
+            self.slots.push_back((Slot::Birthmark, false));
+        }
     }
 
     fn wait_for_replicas(&mut self, driver: &Driver) {
@@ -250,7 +261,13 @@ impl Session {
         match slot {
             Slot::Time => {
                 if let Some(now_ms) = reply.time_ms() {
-                    driver.time.told(now_ms);
+                    driver.tell_time(now_ms);
+                }
+            }
+            // What another node says, since the bucket has moved, is of no account.
+            Slot::Birthmark => {
+                if let Err(reason) = driver.common.dialer.trust.judge(&reply) {
+                    self.end = Some(reason.to_string());
                 }
             }
             Slot::Nobody => {}
@@ -322,7 +339,7 @@ impl Session {
             let oldest = self.expire(now).into_iter().chain(driver.expire_queued(now)).min();
             oldest.map_or(self.moved + self.stall, |oldest| oldest.min(self.moved + self.stall))
         } else if now >= self.asked_time + HEARTBEAT {
-            self.ask_time(now);
+            self.ask_time(driver, now);
             if let Some((_, last)) = self.slots.back_mut() {
                 *last = true;
             }
