@@ -27,7 +27,7 @@ use crate::idempotency::{
     ClaimToken, Concurrent, Decision, Event, Fingerprint, Millis, Origin, Policy, Record, RejectReason, State, Write,
     codec, droppable_at, step,
 };
-use crate::store::{Entry, RecordId, Status, Store, StoreError, Swap, Urgency, Value, Version};
+use crate::store::{Entry, RecordId, Status, Store, StoreError, Swap, Swapped, Urgency, Value, Version};
 use crate::telemetry::Metrics;
 use hot_cache::HotCache;
 use slots::{SlotOwner, Slots};
@@ -263,8 +263,21 @@ impl<S: Store, R: Clone> Shared<S, R> {
         &self,
         id: RecordId,
         policy: &Policy,
+        stored: Option<(Version, Record)>,
+        event: &Event,
+    ) -> Result<(Decision, Option<(Version, Record)>), StoreError> {
+        self.apply_minding_copies(id, policy, stored, event, &mut None).await
+    }
+
+    /// As above. `may_land_until`: raised to the time until which a write of this event may still land that is not the one
+    /// told of, whatever the result.
+    async fn apply_minding_copies(
+        &self,
+        id: RecordId,
+        policy: &Policy,
         mut stored: Option<(Version, Record)>,
         event: &Event,
+        may_land_until: &mut Option<Millis>,
     ) -> Result<(Decision, Option<(Version, Record)>), StoreError> {
         loop {
             let now = self.clock.now();
@@ -279,7 +292,13 @@ impl<S: Store, R: Clone> Shared<S, R> {
             };
             let expected = stored.as_ref().map(|(version, _)| *version);
             let value = new.as_ref().map(|record| to_value(policy, record));
-            match self.store.compare_and_swap(id, expected, value, now.0, urgency).await? {
+            let swapped = self.store.swap_minding_copies(id, expected, value, now.0, urgency).await;
+            if let Ok(Swapped { may_land_until_ms, .. }) | Err(StoreError::Unavailable { may_land_until_ms, .. }) =
+                &swapped
+            {
+                *may_land_until = (*may_land_until).max(may_land_until_ms.map(Millis));
+            }
+            match swapped?.swap {
                 Swap::Done(version) => return Ok((step.decision, new.map(|record| (version, record)))),
                 Swap::Conflict(None) => stored = None,
                 Swap::Conflict(Some(entry)) => {

@@ -106,6 +106,15 @@ pub enum Swap {
     Conflict(Option<Entry>),
 }
 
+/// The answer to a compare-and-swap, and what its way to the store has left behind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Swapped {
+    pub swap: Swap,
+    /// A creation was sent more than once: should the key be free again, an earlier copy of it may still land, up to that time
+    /// of the store's clock. `None`: none will.
+    pub may_land_until_ms: Option<u64>,
+}
+
 /// Whether a write may be refused to keep room for others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Urgency {
@@ -187,6 +196,25 @@ pub trait Store: Send + Sync + 'static {
         now_ms: u64,
         urgency: Urgency,
     ) -> impl Future<Output = Result<Swap, StoreError>> + Send;
+
+    /// As [`Store::compare_and_swap`], for whoever may give the key back soon after.
+    ///
+    /// # Errors
+    /// The same.
+    fn swap_minding_copies(
+        &self,
+        id: RecordId,
+        expected: Option<Version>,
+        new: Option<Value>,
+        now_ms: u64,
+        urgency: Urgency,
+    ) -> impl Future<Output = Result<Swapped, StoreError>> + Send {
+        // A store with one user sends nothing twice.
+        async move {
+            let swap = self.compare_and_swap(id, expected, new, now_ms, urgency).await?;
+            Ok(Swapped { swap, may_land_until_ms: None })
+        }
+    }
 
     /// Drops a bounded batch of entries that have expired at `now_ms`, each on condition that its version is the one
     /// that had expired, and gives their space back. Returns how long to wait before the next call.
@@ -324,6 +352,17 @@ impl Store for AnyStore {
         urgency: Urgency,
     ) -> Result<Swap, StoreError> {
         delegate!(self, store => store.compare_and_swap(id, expected, new, now_ms, urgency).await)
+    }
+
+    async fn swap_minding_copies(
+        &self,
+        id: RecordId,
+        expected: Option<Version>,
+        new: Option<Value>,
+        now_ms: u64,
+        urgency: Urgency,
+    ) -> Result<Swapped, StoreError> {
+        delegate!(self, store => store.swap_minding_copies(id, expected, new, now_ms, urgency).await)
     }
 
     async fn sweep(&self, now_ms: u64) -> Result<Duration, StoreError> {

@@ -2,7 +2,7 @@
 
 use super::lease::Lease;
 use super::{Arrival, Remembered, Settlement, Shared, SlotOwner};
-use crate::idempotency::{Decision, Event, Outcome, Record, State, Why};
+use crate::idempotency::{Decision, Event, Millis, Outcome, Record, State, Why};
 use crate::store::{Store, StoreError, Version};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +23,8 @@ pub(super) struct HeldClaim<S, R: Clone> {
     pub(super) record: Arc<Remembered>,
     /// In a shared store.
     pub(super) lease: Option<Arc<Lease>>,
+    /// Until then an earlier copy of the claim may land, if the key is free by that time.
+    pub(super) may_land_until: Option<Millis>,
 }
 
 impl<S: Store, R: Clone + Send + Sync + 'static> Claim<S, R> {
@@ -96,7 +98,10 @@ impl<S: Store, R: Clone + Send + Sync + 'static> HeldClaim<S, R> {
     }
 
     fn finish(self: Box<Self>, settled: (Decision, Option<(Version, Record)>), shared_response: Option<R>) {
-        let Self { shared, arrival, owner, .. } = *self;
+        let Self { shared, arrival, owner, record, may_land_until, .. } = *self;
+        if let (None, Some(until)) = (&settled.1, may_land_until) {
+            tokio::spawn(Arc::clone(&shared).give_up(arrival.id, arrival.policy, record.token, until));
+        }
         match settled {
             (Decision::Settled, Some((_, record))) if matches!(record.state, State::Completed { .. }) => {
                 let record = Remembered::new(record);

@@ -25,8 +25,8 @@ mod word;
 use self::url::Mode;
 use super::shared::{OpenError, Options, Watches};
 use super::{
-    Entry, Health, OLDEST_TRACKED, Page, RecordId, Status, Store, StoreError, StoreTime, Swap, Tag, Urgency, Value,
-    Version, Watch,
+    Entry, Health, OLDEST_TRACKED, Page, RecordId, Status, Store, StoreError, StoreTime, Swap, Swapped, Tag, Urgency,
+    Value, Version, Watch,
 };
 use bytes::Bytes;
 use cluster::Cluster;
@@ -246,20 +246,21 @@ impl Core {
         })
     }
 
-    async fn create(&self, id: RecordId, value: Value, urgency: Urgency) -> Result<Swap, StoreError> {
+    async fn create(&self, id: RecordId, value: Value, urgency: Urgency) -> Result<Swapped, StoreError> {
         let (now_ms, deadline_ms) = (self.time.now_ms(), self.deadline_ms());
         let request = Request::Create { id, value: value.clone(), now_ms, deadline_ms };
         let answer = self.write(request, Write { id, urgency, deadline_ms }).await?;
-        match answer.reply {
-            Reply::Int(version) => Ok(Swap::Done(Version(u64::try_from(version).unwrap_or(0)))),
-            Reply::Bulk(bytes) => Ok(told(Layout::entry(id, bytes)?, Some(&value))),
-            Reply::Nil => Ok(Swap::Conflict(None)),
+        let swap = match answer.reply {
+            Reply::Int(version) => Swap::Done(Version(u64::try_from(version).unwrap_or(0))),
+            Reply::Bulk(bytes) => told(Layout::entry(id, bytes)?, Some(&value)),
+            Reply::Nil => Swap::Conflict(None),
             Reply::Status(status) if status == LATE => {
                 let reason = "it came to the store too late".to_owned();
-                Err(StoreError::Unavailable { reason, may_land_until_ms: None })
+                return Err(StoreError::Unavailable { reason, may_land_until_ms: None });
             }
-            _ => Err(odd(Some(deadline_ms))),
-        }
+            _ => return Err(odd(Some(deadline_ms))),
+        };
+        Ok(Swapped { swap, may_land_until_ms: Some(deadline_ms).filter(|_| answer.again) })
     }
 
     async fn update(
@@ -338,21 +339,34 @@ impl Store for Redis {
         id: RecordId,
         expected: Option<Version>,
         new: Option<Value>,
-        _now_ms: u64,
+        now_ms: u64,
         urgency: Urgency,
     ) -> Result<Swap, StoreError> {
+        Ok(self.swap_minding_copies(id, expected, new, now_ms, urgency).await?.swap)
+    }
+
+    async fn swap_minding_copies(
+        &self,
+        id: RecordId,
+        expected: Option<Version>,
+        new: Option<Value>,
+        _now_ms: u64,
+        urgency: Urgency,
+    ) -> Result<Swapped, StoreError> {
         if new.as_ref().is_some_and(|new| usize::from(new.tag.0) >= Tag::COUNT) {
             return Err(StoreError::Failed { reason: "a bad tag".to_owned() });
         }
-        match (expected, new) {
-            (None, Some(value)) => self.core.create(id, value, urgency).await,
+        let swap = match (expected, new) {
+            (None, Some(value)) => return self.core.create(id, value, urgency).await,
             // To remove what is not there.
-            (None, None) => Ok(match self.get(id).await? {
+            (None, None) => match self.get(id).await? {
                 Some(found) => Swap::Conflict(Some(found)),
                 None => Swap::Done(Version(self.core.time.now_ms().saturating_mul(1000))),
-            }),
-            (Some(expected), new) => self.core.update(id, expected, new, urgency).await,
-        }
+            },
+            // A version is never there again: of an update at most one copy lands.
+            (Some(expected), new) => self.core.update(id, expected, new, urgency).await?,
+        };
+        Ok(Swapped { swap, may_land_until_ms: None })
     }
 
     /// Redis drops what has expired; this clears the index of unknown entries.

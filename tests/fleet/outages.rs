@@ -3,6 +3,8 @@
 use crate::fleet::{Fleet, LEASE, TIMEOUT, assert_same, problem, takes};
 use crate::server::Engine;
 use crate::support::{Gate, Response, Upstream, eventually, request};
+use std::collections::BTreeSet;
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -154,6 +156,30 @@ fn a_claim_that_arrives_late_is_refused_by_the_store_or_given_back(engine: Engin
     }
 }
 
+/// The second copy of a claim is quick; the first arrives once the key has been given back.
+fn a_copy_of_a_claim_that_arrives_after_the_key_was_freed_leaves_it_free(engine: Engine) {
+    let seen = Mutex::new(BTreeSet::new());
+    let upstream = Upstream::scripted(move |request, reply| {
+        let throttled = seen.lock().unwrap().insert(request.key().map(str::to_owned));
+        reply.send(if throttled { 429 } else { 201 }, &[], format!("run {}", request.number));
+    });
+    let Some(fleet) = Fleet::start(engine, 2, upstream, "") else { return };
+    for n in 0..3 {
+        let key = format!("copy-{n}-");
+        fleet.proxies[0].hold(&key);
+        let first = fleet.post(0, &key);
+        fleet.proxies[0].release();
+        if problem(&first).is_some() {
+            first.expect_problem(503, "store_unavailable");
+            continue; // The second copy was not quick enough, on a machine that is busy.
+        }
+        assert_eq!(first.status, 429, "{first:?}");
+        let last = fleet.settled(1, &key);
+        assert_eq!((last.status, fleet.upstream.executions(&key)), (201, 2), "{last:?}");
+        assert_same(&key, &last, &fleet.settled(0, &key));
+    }
+}
+
 fn an_outcome_that_finds_no_store_is_delivered_and_recorded_later(engine: Engine) {
     // Back before the lease is over, and after it.
     for outage in [Duration::ZERO, LEASE + LEASE / 4] {
@@ -252,6 +278,7 @@ for_each_store! {
     a_claim_whose_answer_is_lost_is_executed_once_or_given_back
     a_single_lost_answer_costs_a_caller_nothing
     a_claim_that_arrives_late_is_refused_by_the_store_or_given_back
+    a_copy_of_a_claim_that_arrives_after_the_key_was_freed_leaves_it_free
     an_outcome_that_finds_no_store_is_delivered_and_recorded_later
     a_settlement_whose_answer_is_lost_is_recorded_once
     those_who_wait_elsewhere_live_through_an_outage

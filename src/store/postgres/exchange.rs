@@ -3,7 +3,7 @@
 use super::connect::describe;
 use super::driver::Driver;
 use super::queue::{Answer, Batch, Op, Work};
-use crate::store::{Entry, RecordId, StoreError, Swap, Tag, Value, Version};
+use crate::store::{Entry, RecordId, StoreError, Swap, Swapped, Tag, Value, Version};
 use bytes::Bytes;
 use std::sync::atomic::Ordering;
 use tokio_postgres::types::{ToSql, Type};
@@ -132,7 +132,8 @@ async fn swaps(driver: &Driver, client: &Client, ops: &mut Vec<Op>, deadline_ms:
                     counters.batched_writes.fetch_add(1, Ordering::Relaxed);
                     counters.bytes_written.fetch_add(op.bytes() as u64, Ordering::Relaxed);
                 }
-                op.answer(Answer::Swap(swap));
+                let may_land_until_ms = op.earlier_copies_until();
+                op.answer(Answer::Swap(Swapped { swap, may_land_until_ms }));
             }
             Ok(None) => again.push(op),
             Err(error) => drop(op.reply.send(Err(error))),

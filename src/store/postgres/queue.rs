@@ -1,6 +1,6 @@
 //! What waits to be sent to the server.
 
-use crate::store::{Entry, HashOfIds, RecordId, StoreError, Swap, Value, Version};
+use crate::store::{Entry, HashOfIds, RecordId, StoreError, Swapped, Value, Version};
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,7 +31,7 @@ pub(super) enum Work {
 
 pub(super) enum Answer {
     Entry(Option<Entry>),
-    Swap(Swap),
+    Swap(Swapped),
     Rows(Vec<Row>),
 }
 
@@ -136,6 +136,12 @@ impl Op {
         if let Some((until_ms, before)) = self.sent.take() {
             self.fate.take_back(until_ms, before);
         }
+    }
+
+    /// Of a creation that is being answered: until when an earlier attempt may still land.
+    pub(super) fn earlier_copies_until(&self) -> Option<u64> {
+        let creates = matches!(self.work, Work::Swap { expected: None, new: Some(_), .. });
+        self.sent.map(|(_, before)| before).filter(|_| creates && self.may_have_landed)
     }
 
     /// Whether it was done is not known.
