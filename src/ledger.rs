@@ -14,7 +14,7 @@ mod remembered;
 mod slots;
 
 pub use budget::{Budget, Held, Reservation};
-pub use claim::Claim;
+pub use claim::{Claim, Unsettled};
 pub use elsewhere::Elsewhere;
 pub use lead::{Inquiry, Lead};
 pub use listing::Listed;
@@ -33,6 +33,8 @@ use hot_cache::HotCache;
 use slots::{SlotOwner, Slots};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 /// `[cache]`.
 #[derive(Clone, Debug)]
@@ -124,13 +126,18 @@ struct Shared<S, R> {
     hot: HotCache,
     slots: Arc<Slots<R>>,
     metrics: Metrics,
+    /// What is settled behind the requests' backs: claims that were abandoned, or given up.
+    behind: TaskTracker,
+    /// Cancelled when there is no time to try again any more.
+    stop: CancellationToken,
 }
 
 impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
     #[must_use]
     pub fn new(store: S, clock: Clock, options: &Options, metrics: Metrics) -> Self {
         let hot = HotCache::new(options.cache_max_bytes, options.cache_max_age);
-        Self(Arc::new(Shared { store, clock, hot, slots: Arc::new(Slots::new()), metrics }))
+        let (slots, behind, stop) = (Arc::new(Slots::new()), TaskTracker::new(), CancellationToken::new());
+        Self(Arc::new(Shared { store, clock, hot, slots, metrics, behind, stop }))
     }
 
     #[must_use]
@@ -146,6 +153,17 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
     #[must_use]
     pub fn store_status(&self) -> Status {
         self.0.store.status()
+    }
+
+    /// Waits until nothing is left to be settled behind the requests' backs.
+    pub async fn settled_behind(&self) {
+        self.0.behind.close();
+        self.0.behind.wait().await;
+    }
+
+    /// From now on what cannot be recorded at once is left as it is: claims, which become unknown.
+    pub fn stop_trying(&self) {
+        self.0.stop.cancel();
     }
 
     /// Entries and bytes of the hot cache.

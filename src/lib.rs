@@ -55,7 +55,8 @@
 //! 5. Every claim settles: by its task, by a drop guard (as unknown), at the next start, or by its lease (as unknown).
 //! 6. The hot cache holds only completed records, which never change until they are forgotten; evicted never means unseen.
 //!    Only the holder of a key's slot puts into it, so what was forgotten does not come back.
-//! 7. Every queue, body, wait and loop has a configured limit.
+//! 7. Every queue, body, wait and loop has a configured limit. An outcome that waits for the store counts as its request did,
+//!    and the drain waits for it.
 //! 8. After a failed flush the store is failed for good: it acknowledges nothing more and never retries the flush.
 //! 9. Network input, configuration and stored bytes never cause a panic.
 //! 10. A client's connection stays on one worker, a thread with a runtime and upstream connections of its own. A

@@ -136,6 +136,10 @@ pub enum StoreError {
     /// still do so up to that time of the store's clock; `None`: nothing was written, and nothing will be.
     #[error("the store cannot be reached: {reason}")]
     Unavailable { reason: String, may_land_until_ms: Option<u64> },
+    /// A shared store answers, and will not take this write, however often it is asked: it is too large, say. Nothing was
+    /// written, but an earlier copy of an update may be.
+    #[error("the store refuses the write: {reason}")]
+    Refused { reason: String },
     /// The entry exists, but its bytes are damaged: its outcome is unknown, it is not absent.
     #[error("the entry of {id} is damaged: {detail}")]
     Damaged { id: RecordId, detail: String },
@@ -187,7 +191,7 @@ pub trait Store: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`StoreError::Full`], for [`Urgency::Settle`] only when no byte can be had; [`StoreError::Failed`]; [`StoreError::Unavailable`];
-    /// [`StoreError::Damaged`] if the conflicting entry cannot be read.
+    /// [`StoreError::Refused`]; [`StoreError::Damaged`] if the conflicting entry cannot be read.
     fn compare_and_swap(
         &self,
         id: RecordId,

@@ -9,7 +9,7 @@ use super::{
 use crate::idempotency::{ClaimToken, Decision, Event, Evidence, Millis, Outcome, Policy, Record, Verdict};
 use crate::store::{RecordId, Store, StoreError, Version};
 use std::sync::Arc;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 /// The right, and the duty, to claim a key that nobody here works on. Duplicates wait from now on; they look again if
 /// this is dropped.
@@ -39,7 +39,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Lead<S, R> {
         let applied = shared.apply_minding_copies(id, &policy, stored, event, &mut may_land_until).await;
         let claimed = matches!(applied, Ok((Decision::Forward { .. }, Some(_))));
         if let (false, Some(until), Some(token)) = (claimed, may_land_until, claimed_by(event)) {
-            tokio::spawn(Arc::clone(&shared).give_up(id, policy, token, until));
+            shared.behind.spawn(Arc::clone(&shared).give_up(id, policy, token, until));
         }
         let (decision, stored) = match applied {
             Err(StoreError::Damaged { id, detail }) => return Ok(ClaimResult::Answer(damaged(id, &detail))),
@@ -127,9 +127,11 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Shared<S, R> {
                     }
                 }
                 Err(StoreError::Failed { .. } | StoreError::Damaged { .. }) => return,
-                Err(StoreError::Unavailable { .. } | StoreError::Full { .. }) => {}
+                Err(StoreError::Unavailable { .. } | StoreError::Full { .. } | StoreError::Refused { .. }) => {}
             }
-            tokio::time::sleep(pause).await;
+            if timeout(pause, self.stop.cancelled()).await.is_ok() {
+                return;
+            }
             pause = (pause * 2).min(PAUSE_MAX);
         }
     }

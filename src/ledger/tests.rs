@@ -1,6 +1,7 @@
 mod lease;
 mod lookup;
 mod operator;
+mod settling;
 
 use super::*;
 use crate::idempotency::{Concurrent, Evidence, Outcome, Recorded, Response, UnknownOutcome, Why};
@@ -21,6 +22,8 @@ enum Fault {
     LoseAnswer,
     /// The disk is full.
     Full,
+    /// A shared store does not take this write, ever.
+    Decline,
     /// The answer is lost on its way from a shared store, which has written or not; it may land until then.
     Lost { lands: bool, until: Millis },
     /// A shared store is asked twice, and an earlier copy may land until then.
@@ -93,6 +96,9 @@ impl Store for Arc<Scripted> {
         }
         if fault == Some(Fault::Full) {
             return Err(StoreError::Full { path: "here".to_owned(), min_free_bytes: 0 });
+        }
+        if fault == Some(Fault::Decline) {
+            return Err(StoreError::Refused { reason: "too large".to_owned() });
         }
         if let Some(Fault::Lost { lands: false, until }) = fault {
             return Err(StoreError::Unavailable { reason: "lost".to_owned(), may_land_until_ms: Some(until.0) });
@@ -408,17 +414,6 @@ async fn a_claim_whose_settle_fails_stays_and_is_unknown_after_a_restart() {
             }
         }
     }
-}
-
-#[tokio::test]
-async fn a_settle_that_finds_no_room_is_recorded_once_there_is() {
-    let bench = bench();
-    let claimed = claim(&bench.ledger).await;
-    bench.store.state.lock().unwrap().faults.extend([Some(Fault::Full); 2]);
-    assert!(claimed.settle(response("one"), None).await.is_err());
-    let waiter = waiting(&bench.ledger, &arrival(1, 1));
-    assert!(matches!(waiter.settled(soon()).await, Ok(Settlement::Recorded(_))));
-    assert_eq!(replayed_body(&answered(&bench.ledger, &arrival(1, 1))), "one");
 }
 
 #[tokio::test]

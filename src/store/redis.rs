@@ -239,6 +239,9 @@ impl Core {
             let path = format!("{} (its maxmemory is used up)", self.common.dialer.place);
             return Err(StoreError::Full { path, min_free_bytes: 1 });
         }
+        if is_too_large(&error) && (write.urgency == Urgency::Settle || !answer.again) {
+            return Err(StoreError::Refused { reason: error });
+        }
         // An attempt before may have done it.
         Err(StoreError::Unavailable {
             reason: error,
@@ -297,6 +300,12 @@ fn accepted(answer: Answer) -> Result<Reply, StoreError> {
         Reply::Error(reason) => Err(StoreError::Unavailable { reason, may_land_until_ms: None }),
         reply => Ok(reply),
     }
+}
+
+/// `proto-max-bulk-len`, as the protocol, a command and a script tell it. What else is refused is so whatever the record, and
+/// may be mended: memory, rights, a disk.
+fn is_too_large(error: &str) -> bool {
+    ["invalid bulk length", "exceeds maximum allowed size"].iter().any(|told| error.contains(told))
 }
 
 fn warn_of_memory(common: &Common) {

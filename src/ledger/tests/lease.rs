@@ -329,6 +329,21 @@ async fn a_copy_of_a_claim_that_lands_after_it_was_settled_is_given_back() {
     fleet.free_for_good().await;
 }
 
+/// The store stays out of reach until the process has to end.
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_was_given_up_is_waited_for_until_time_is_up() {
+    let fleet = fleet();
+    fleet.fail(Fault::Lost { lands: true, until: START.plus(4_000) });
+    let Err(_) = try_claim(&fleet.a).await else { panic!("claimed") };
+    fleet.store.state.lock().unwrap().unreachable = usize::MAX;
+    let mut settled = std::pin::pin!(fleet.a.settled_behind());
+    assert!(tokio::time::timeout(Duration::from_secs(60), &mut settled).await.is_err());
+    fleet.a.stop_trying();
+    settled.await;
+    fleet.clock.advance(LEASE_MS);
+    assert!(matches!(store_answer(&fleet.b).await, Answer::OutcomeUnknown), "never free");
+}
+
 /// What was executed stays, whatever becomes of the copies.
 #[tokio::test(start_paused = true)]
 async fn a_claim_that_was_sent_twice_and_executed_is_left_alone() {
@@ -364,8 +379,9 @@ async fn an_outcome_that_finds_the_store_out_of_reach_is_recorded_later() {
     for lands in [false, true] {
         fleet.fail(Fault::Lost { lands, until: START.plus(4_000) });
     }
-    let told = claim.settle(response("one"), None).await;
-    assert!(matches!(told, Err(StoreError::Unavailable { .. })), "the caller gets his response all the same");
+    let unsettled = claim.settle(response("one"), None).await.unwrap_err();
+    assert!(matches!(unsettled.error, StoreError::Unavailable { .. }), "the caller gets his response all the same");
+    tokio::spawn(unsettled.settle_later());
     let here = waiting(&fleet.a, &arriving(1, 1));
     assert!(matches!(here.settled(soon()).await, Ok(Settlement::Recorded(_))));
     assert_eq!(replayed_body(&store_answer(&fleet.b).await), "one");

@@ -17,8 +17,8 @@ pub(super) enum Failure {
     Again,
     /// They were not done, and will not be on this connection.
     Elsewhere(String),
-    /// They were not done, for a reason of one of them.
-    Refused(String),
+    /// They were not done, for a reason of one of them; or of the server's, which may pass.
+    Refused { reason: String, may_pass: bool },
 }
 
 /// Sends all of it, looks before writes, and takes out what was answered.
@@ -52,7 +52,9 @@ fn judge(driver: &Driver, error: &Error) -> Failure {
         ("25006", _) | (_, "42" | "3F") => Failure::Elsewhere(describe(error)),
         // The connection's end, as the server tells it.
         (_, "08" | "57" | "58") => Failure::Lost(describe(error)),
-        _ => Failure::Refused(describe(error)),
+        // Disk or memory is short.
+        (_, "53") => Failure::Refused { reason: describe(error), may_pass: true },
+        _ => Failure::Refused { reason: describe(error), may_pass: false },
     }
 }
 

@@ -157,6 +157,19 @@ impl Op {
         let error = unavailable(reason, self.fate.give_up());
         let _ = self.reply.send(Err(error));
     }
+
+    /// The server will not do it, however often it is asked.
+    pub(super) fn refuse_for_good(self, reason: &str) {
+        let error = match (&self.work, self.fate.give_up()) {
+            // Whoever tries something else in its place finds an earlier copy that has landed, or is found by it.
+            (Work::Swap { expected: Some(_), .. }, _) | (Work::Swap { .. }, None) => {
+                StoreError::Refused { reason: reason.to_owned() }
+            }
+            // An earlier copy of a creation has to be looked for.
+            (_, until) => unavailable(reason, until),
+        };
+        let _ = self.reply.send(Err(error));
+    }
 }
 
 pub(super) fn unavailable(reason: &str, may_land_until_ms: Option<u64>) -> StoreError {
