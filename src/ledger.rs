@@ -6,6 +6,7 @@ mod budget;
 mod claim;
 mod elsewhere;
 mod hot_cache;
+mod lapse;
 mod lead;
 mod lease;
 mod listing;

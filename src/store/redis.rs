@@ -31,7 +31,7 @@ use super::{
 use bytes::Bytes;
 use cluster::Cluster;
 use dial::{Common, DialError, Dialer, Place};
-use layout::{FORMAT, LATE, Layout, Request};
+use layout::{FORMAT, LATE, Layout, Listed, Request};
 use link::{Answer, Driver, Lost, Op, Parts, Stats, Way};
 use resp::{Output, Reply};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -250,8 +250,8 @@ impl Core {
     }
 
     async fn create(&self, id: RecordId, value: Value, urgency: Urgency) -> Result<Swapped, StoreError> {
-        let (now_ms, deadline_ms) = (self.time.now_ms(), self.deadline_ms());
-        let request = Request::Create { id, value: value.clone(), now_ms, deadline_ms };
+        let deadline_ms = self.deadline_ms();
+        let request = Request::Create { id, value: value.clone(), deadline_ms };
         let answer = self.write(request, Write { id, urgency, deadline_ms }).await?;
         let swap = match answer.reply {
             Reply::Int(version) => Swap::Done(Version(u64::try_from(version).unwrap_or(0))),
@@ -378,7 +378,7 @@ impl Store for Redis {
         Ok(Swapped { swap, may_land_until_ms: None })
     }
 
-    /// Redis drops what has expired; this clears the index of unknown entries.
+    /// Redis drops what has expired; this clears the index of claimed and unknown entries.
     async fn sweep(&self, now_ms: u64) -> Result<Duration, StoreError> {
         self.core.sweep(now_ms).await
     }
@@ -388,7 +388,7 @@ impl Store for Redis {
         Ok(Vec::new())
     }
 
-    /// In no order, but those of [`OLDEST_TRACKED`] (by bucket, then by age). A page may have a few entries more than asked
+    /// In no order, but claimed and unknown ones (by bucket, then by age). A page may have a few entries more than asked
     /// for: Redis gives those together whose hashes collide.
     async fn list(&self, tag: Option<Tag>, after: u64, visit: usize) -> Result<Page, StoreError> {
         self.core.list(tag, after, visit).await
@@ -418,8 +418,8 @@ impl Store for Redis {
         self.watches.watch(id)
     }
 
-    /// Of the entries only those of [`OLDEST_TRACKED`] are counted, as of some seconds ago; to count others, Redis would
-    /// have to look at each.
+    /// Of the entries only claimed and unknown ones are counted, as of some seconds ago; to count others, Redis would have to
+    /// look at each.
     fn status(&self) -> Status {
         let core = &self.core;
         let health = match (core.closed.load(Ordering::Acquire), core.way.is_down()) {
@@ -440,9 +440,13 @@ impl Store for Redis {
             swept: core.stats.swept.load(Ordering::Relaxed),
             disk_bytes: 0,
         };
-        let tracked = usize::from(OLDEST_TRACKED.0);
-        if let (Some(entries), Some(oldest)) = (status.entries.get_mut(tracked), status.oldest_ms.get_mut(tracked)) {
-            (*entries, *oldest) = (survey.unknown, survey.oldest_ms);
+        for (listed, count) in Listed::ALL.into_iter().zip(survey.counts) {
+            if let Some(entries) = status.entries.get_mut(usize::from(listed.tag().0)) {
+                *entries = count;
+            }
+        }
+        if let Some(oldest) = status.oldest_ms.get_mut(usize::from(OLDEST_TRACKED.0)) {
+            *oldest = survey.oldest_ms;
         }
         status
     }

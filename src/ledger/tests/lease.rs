@@ -416,3 +416,52 @@ async fn an_operator_acts_on_a_lapsed_claim_and_not_on_a_living_one() {
         assert_eq!(fleet.record(), None, "what an operator has said stands");
     }
 }
+
+#[tokio::test]
+async fn lapsed_claims_are_found_by_whoever_looks_and_living_ones_are_left_alone() {
+    let fleet = fleet();
+    let living = claimed(&fleet.a).await;
+    let gone = Record { state: State::Claimed { lease_until: Some(START.plus(10)) }, ..a_claim() };
+    // More than one page of them.
+    for n in 0..300_u16 {
+        let mut id = [1; 16];
+        id[..2].copy_from_slice(&n.to_be_bytes());
+        let entry = Entry { version: Version(1000 + u64::from(n)), value: to_value(&leased(), &gone) };
+        fleet.store.state.lock().unwrap().entries.insert(RecordId(id), entry);
+    }
+    fleet.store.state.lock().unwrap().version = 2000;
+    fleet.clock.advance(9);
+    assert_eq!(fleet.b.find_lapsed(|_| Some(leased())).await.unwrap(), 0);
+    fleet.clock.advance(500);
+    let before = fleet.entry();
+    // Of a route that nobody knows.
+    assert_eq!(fleet.b.find_lapsed(|_| None).await.unwrap(), 0);
+    assert_eq!(fleet.b.find_lapsed(|_| Some(leased())).await.unwrap(), 300);
+    assert_eq!(fleet.a.find_lapsed(|_| Some(leased())).await.unwrap(), 0, "once");
+    assert_eq!(fleet.entry(), before);
+    let since = START.plus(10);
+    let unknown = State::Unknown { why: Why::Lease, since, expires_at: since.plus(50_000) };
+    let entries = fleet.store.state.lock().unwrap().entries.clone();
+    for (_, entry) in entries.into_iter().filter(|(id, _)| *id != ID) {
+        assert_eq!(entry.value.tag, tags::UNKNOWN);
+        assert_eq!(codec::decode(&entry.value.bytes).unwrap(), Record { state: unknown.clone(), ..a_claim() });
+    }
+    living.settle(response("one"), None).await.unwrap();
+}
+
+/// It is renewed between the look and the write.
+#[tokio::test]
+async fn a_claim_that_is_renewed_meanwhile_does_not_lapse() {
+    let fleet = fleet();
+    let claim = claimed(&fleet.a).await;
+    let seen = fleet.entry().unwrap();
+    fleet.clock.advance(LEASE_MS / 3);
+    fleet.a.renew_leases();
+    fleet.until("renewed", |fleet| fleet.entry().unwrap().version != seen.version).await;
+    fleet.clock.advance(LEASE_MS * 2 / 3);
+    let stale = decode(ID, seen);
+    let found = fleet.b.0.apply(ID, &leased(), stale, &Event::Lapse).await.unwrap();
+    assert_eq!(found.0, Decision::Superseded);
+    assert!(matches!(fleet.record().unwrap().state, State::Claimed { .. }));
+    claim.settle(response("one"), None).await.unwrap();
+}
