@@ -25,6 +25,8 @@ mod http;
 mod measure;
 #[path = "load/readme.rs"]
 mod readme;
+#[path = "load/servers.rs"]
+mod servers;
 #[path = "load/workloads.rs"]
 mod workloads;
 

@@ -151,15 +151,18 @@ impl Gateway {
         &self.upstream
     }
 
-    /// Waits until no claim is open; late ones count.
+    /// Waits until no claim is open; late ones count, and those whose outcome waits for the store.
     pub async fn claims_settled(&self) {
         self.claims.close();
         self.claims.wait().await;
+        self.ledger.settled_behind().await;
     }
 
-    /// Settles as unknown every claim that is still open, and returns once all are settled.
+    /// Settles as unknown every claim that is still open, and returns once all are settled. What the store does not take
+    /// now is left to become unknown.
     pub async fn settle_open_claims(&self) {
         self.give_up.cancel();
+        self.ledger.stop_trying();
         self.claims_settled().await;
     }
 

@@ -6,6 +6,7 @@ mod budget;
 mod claim;
 mod elsewhere;
 mod hot_cache;
+mod lapse;
 mod lead;
 mod lease;
 mod listing;
@@ -14,7 +15,7 @@ mod remembered;
 mod slots;
 
 pub use budget::{Budget, Held, Reservation};
-pub use claim::Claim;
+pub use claim::{Claim, Unsettled};
 pub use elsewhere::Elsewhere;
 pub use lead::{Inquiry, Lead};
 pub use listing::Listed;
@@ -27,12 +28,14 @@ use crate::idempotency::{
     ClaimToken, Concurrent, Decision, Event, Fingerprint, Millis, Origin, Policy, Record, RejectReason, State, Write,
     codec, droppable_at, step,
 };
-use crate::store::{Entry, RecordId, Status, Store, StoreError, Swap, Urgency, Value, Version};
+use crate::store::{Entry, RecordId, Status, Store, StoreError, Swap, Swapped, Urgency, Value, Version};
 use crate::telemetry::Metrics;
 use hot_cache::HotCache;
 use slots::{SlotOwner, Slots};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 /// `[cache]`.
 #[derive(Clone, Debug)]
@@ -124,13 +127,18 @@ struct Shared<S, R> {
     hot: HotCache,
     slots: Arc<Slots<R>>,
     metrics: Metrics,
+    /// What is settled behind the requests' backs: claims that were abandoned, or given up.
+    behind: TaskTracker,
+    /// Cancelled when there is no time to try again any more.
+    stop: CancellationToken,
 }
 
 impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
     #[must_use]
     pub fn new(store: S, clock: Clock, options: &Options, metrics: Metrics) -> Self {
         let hot = HotCache::new(options.cache_max_bytes, options.cache_max_age);
-        Self(Arc::new(Shared { store, clock, hot, slots: Arc::new(Slots::new()), metrics }))
+        let (slots, behind, stop) = (Arc::new(Slots::new()), TaskTracker::new(), CancellationToken::new());
+        Self(Arc::new(Shared { store, clock, hot, slots, metrics, behind, stop }))
     }
 
     #[must_use]
@@ -146,6 +154,17 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Ledger<S, R> {
     #[must_use]
     pub fn store_status(&self) -> Status {
         self.0.store.status()
+    }
+
+    /// Waits until nothing is left to be settled behind the requests' backs.
+    pub async fn settled_behind(&self) {
+        self.0.behind.close();
+        self.0.behind.wait().await;
+    }
+
+    /// From now on what cannot be recorded at once is left as it is: claims, which become unknown.
+    pub fn stop_trying(&self) {
+        self.0.stop.cancel();
     }
 
     /// Entries and bytes of the hot cache.
@@ -263,8 +282,21 @@ impl<S: Store, R: Clone> Shared<S, R> {
         &self,
         id: RecordId,
         policy: &Policy,
+        stored: Option<(Version, Record)>,
+        event: &Event,
+    ) -> Result<(Decision, Option<(Version, Record)>), StoreError> {
+        self.apply_minding_copies(id, policy, stored, event, &mut None).await
+    }
+
+    /// As above. `may_land_until`: raised to the time until which a write of this event may still land that is not the one
+    /// told of, whatever the result.
+    async fn apply_minding_copies(
+        &self,
+        id: RecordId,
+        policy: &Policy,
         mut stored: Option<(Version, Record)>,
         event: &Event,
+        may_land_until: &mut Option<Millis>,
     ) -> Result<(Decision, Option<(Version, Record)>), StoreError> {
         loop {
             let now = self.clock.now();
@@ -279,7 +311,13 @@ impl<S: Store, R: Clone> Shared<S, R> {
             };
             let expected = stored.as_ref().map(|(version, _)| *version);
             let value = new.as_ref().map(|record| to_value(policy, record));
-            match self.store.compare_and_swap(id, expected, value, now.0, urgency).await? {
+            let swapped = self.store.swap_minding_copies(id, expected, value, now.0, urgency).await;
+            if let Ok(Swapped { may_land_until_ms, .. }) | Err(StoreError::Unavailable { may_land_until_ms, .. }) =
+                &swapped
+            {
+                *may_land_until = (*may_land_until).max(may_land_until_ms.map(Millis));
+            }
+            match swapped?.swap {
                 Swap::Done(version) => return Ok((step.decision, new.map(|record| (version, record)))),
                 Swap::Conflict(None) => stored = None,
                 Swap::Conflict(Some(entry)) => {

@@ -19,6 +19,7 @@
 //!             Unknown? ask the upstream (lookup). May he see it?   gateway/{lookup,probe,question}.rs
 //! gateway     forward in a task of its own, settle, reply          gateway/{forward,upstream,reply,problem}.rs, gateway/upstream/*
 //!             shared store: does the claim still live? → send      ledger/{claim,lease}.rs
+//!             its gateway is gone? → unknown                       ledger/lapse.rs
 //! ```
 //!
 //! # Code map
@@ -29,7 +30,7 @@
 //!   time (`store/shared/time.rs`), and word of changes.
 //! - [`ledger`]: the shell of the core: step → compare-and-swap → act, once the write has landed. Slots for keys in flight,
 //!   waiters, the hot cache of completed records, the budget of buffered bytes; in a shared store leases, renewed while
-//!   their owner works, and claims whose answer was lost.
+//!   their owner works, claims whose answer was lost, and those whose gateway is gone.
 //! - [`gateway`]: the request pipeline; what the gateway itself answers; the way to the upstream, with an HTTP/1.1 client that
 //!   knows whether a byte of a request was written; bearer tokens verified for `jwt:` scopes, and where the keys come from.
 //! - [`server`]: listeners, TLS, connections, their limits, the drain.
@@ -55,7 +56,8 @@
 //! 5. Every claim settles: by its task, by a drop guard (as unknown), at the next start, or by its lease (as unknown).
 //! 6. The hot cache holds only completed records, which never change until they are forgotten; evicted never means unseen.
 //!    Only the holder of a key's slot puts into it, so what was forgotten does not come back.
-//! 7. Every queue, body, wait and loop has a configured limit.
+//! 7. Every queue, body, wait and loop has a configured limit. An outcome that waits for the store counts as its request did,
+//!    and the drain waits for it.
 //! 8. After a failed flush the store is failed for good: it acknowledges nothing more and never retries the flush.
 //! 9. Network input, configuration and stored bytes never cause a panic.
 //! 10. A client's connection stays on one worker, a thread with a runtime and upstream connections of its own. A

@@ -8,7 +8,7 @@ use crate::gateway::jwt::Auth;
 use crate::gateway::scope::Secret;
 use crate::gateway::upstream::Upstream;
 use crate::gateway::{Gateway, GatewayLedger, RouteOptions};
-use crate::idempotency::Millis;
+use crate::idempotency::{Millis, Policy};
 use crate::ledger::{Ledger, tags};
 use crate::server::inherit::{InheritError, Inherited};
 use crate::server::tls::Tls;
@@ -17,6 +17,7 @@ use crate::server::{Address, BindError, Listener, Server};
 use crate::store::shared::OpenError as SharedError;
 use crate::store::{self, AnyStore, Health, OpenError, Store, StoreError};
 use crate::telemetry::{Metrics, Reading};
+use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -118,6 +119,7 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
     let tokens = config.admin.tokens;
     let records = Records::new(ledger.clone(), tokens.clone(), rules);
     let auth = config.gateway.auth.clone();
+    let policies = policies(&config.gateway.routes);
     let gateway = Gateway::new(config.gateway, ledger.clone(), secret, metrics.clone());
     let upstream = Arc::clone(gateway.upstream());
     let workers = Workers::start(config.server.workers).map_err(StartError::Workers)?;
@@ -135,6 +137,8 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
     if let Some(lease) = config.ledger.lease {
         let keeper = ledger.clone();
         tokio::spawn(async move { keeper.keep_leases(lease).await });
+        let finder = ledger.clone();
+        tokio::spawn(async move { finder.let_claims_lapse(lease, policies).await });
     }
     if let Some(auth) = auth.clone() {
         tokio::spawn(async move { auth.keep_fresh().await });
@@ -349,16 +353,17 @@ fn rules(route: &RouteOptions) -> RouteRules {
     }
 }
 
+/// The policy of a record's route; of one that is configured no more, the one that remembers longest.
+fn policies(routes: &[RouteOptions]) -> impl Fn(&[u8]) -> Option<Policy> + Send + Sync + 'static {
+    let longest = routes.iter().map(|route| route.policy).max_by_key(|policy| policy.unknown_retention_ms);
+    let policies: HashMap<_, _> =
+        routes.iter().rev().map(|route| (route.pattern.as_str().as_bytes().to_vec(), route.policy)).collect();
+    move |pattern| policies.get(pattern).copied().or(longest)
+}
+
 /// Claims found at start belong to a process that died: their outcome is unknown.
 async fn recover(ledger: &GatewayLedger, config: &Config) -> Result<(), StartError> {
-    let routes = &config.gateway.routes;
-    let longest = routes.iter().map(|route| route.policy).max_by_key(|policy| policy.unknown_retention_ms);
-    let recovered = ledger
-        .recover(|pattern| {
-            let route = routes.iter().find(|route| route.pattern.as_str().as_bytes() == pattern);
-            route.map(|route| route.policy).or(longest)
-        })
-        .await?;
+    let recovered = ledger.recover(policies(&config.gateway.routes)).await?;
     if recovered > 0 {
         tracing::warn!(recovered, "requests were under way when the gateway died; their outcome is unknown");
     }

@@ -106,6 +106,15 @@ pub enum Swap {
     Conflict(Option<Entry>),
 }
 
+/// The answer to a compare-and-swap, and what its way to the store has left behind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Swapped {
+    pub swap: Swap,
+    /// A creation was sent more than once: should the key be free again, an earlier copy of it may still land, up to that time
+    /// of the store's clock. `None`: none will.
+    pub may_land_until_ms: Option<u64>,
+}
+
 /// Whether a write may be refused to keep room for others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Urgency {
@@ -127,6 +136,10 @@ pub enum StoreError {
     /// still do so up to that time of the store's clock; `None`: nothing was written, and nothing will be.
     #[error("the store cannot be reached: {reason}")]
     Unavailable { reason: String, may_land_until_ms: Option<u64> },
+    /// A shared store answers, and will not take this write, however often it is asked: it is too large, say. Nothing was
+    /// written, but an earlier copy of an update may be.
+    #[error("the store refuses the write: {reason}")]
+    Refused { reason: String },
     /// The entry exists, but its bytes are damaged: its outcome is unknown, it is not absent.
     #[error("the entry of {id} is damaged: {detail}")]
     Damaged { id: RecordId, detail: String },
@@ -178,7 +191,7 @@ pub trait Store: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`StoreError::Full`], for [`Urgency::Settle`] only when no byte can be had; [`StoreError::Failed`]; [`StoreError::Unavailable`];
-    /// [`StoreError::Damaged`] if the conflicting entry cannot be read.
+    /// [`StoreError::Refused`]; [`StoreError::Damaged`] if the conflicting entry cannot be read.
     fn compare_and_swap(
         &self,
         id: RecordId,
@@ -187,6 +200,25 @@ pub trait Store: Send + Sync + 'static {
         now_ms: u64,
         urgency: Urgency,
     ) -> impl Future<Output = Result<Swap, StoreError>> + Send;
+
+    /// As [`Store::compare_and_swap`], for whoever may give the key back soon after.
+    ///
+    /// # Errors
+    /// The same.
+    fn swap_minding_copies(
+        &self,
+        id: RecordId,
+        expected: Option<Version>,
+        new: Option<Value>,
+        now_ms: u64,
+        urgency: Urgency,
+    ) -> impl Future<Output = Result<Swapped, StoreError>> + Send {
+        // A store with one user sends nothing twice.
+        async move {
+            let swap = self.compare_and_swap(id, expected, new, now_ms, urgency).await?;
+            Ok(Swapped { swap, may_land_until_ms: None })
+        }
+    }
 
     /// Drops a bounded batch of entries that have expired at `now_ms`, each on condition that its version is the one
     /// that had expired, and gives their space back. Returns how long to wait before the next call.
@@ -324,6 +356,17 @@ impl Store for AnyStore {
         urgency: Urgency,
     ) -> Result<Swap, StoreError> {
         delegate!(self, store => store.compare_and_swap(id, expected, new, now_ms, urgency).await)
+    }
+
+    async fn swap_minding_copies(
+        &self,
+        id: RecordId,
+        expected: Option<Version>,
+        new: Option<Value>,
+        now_ms: u64,
+        urgency: Urgency,
+    ) -> Result<Swapped, StoreError> {
+        delegate!(self, store => store.swap_minding_copies(id, expected, new, now_ms, urgency).await)
     }
 
     async fn sweep(&self, now_ms: u64) -> Result<Duration, StoreError> {

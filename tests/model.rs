@@ -70,6 +70,7 @@ enum Mutant {
     StaleTokenRenews,
     LapsedIsFree,
     LiveClaimIsUnknown,
+    LiveClaimLapses,
     RecoverFrees,
     ClaimsExpire,
     ExpiresEarly,
@@ -226,6 +227,7 @@ enum By {
     Renew,
     Settle(Ended),
     Recover,
+    Lapse,
     Sweep,
     Operate(Hand),
     LookedUp(Told),
@@ -446,6 +448,13 @@ impl Model {
                     record.state = State::Unknown { why: Why::Lease, since: NOW, expires_at: NOW.plus(1) };
                 }
             }
+            (
+                Some(Mutant::LiveClaimLapses),
+                Event::Lapse,
+                Some(Record { state: State::Claimed { lease_until }, .. }),
+            ) => {
+                *lease_until = Some(NOW);
+            }
             (Some(Mutant::UnknownIsFree), Event::Arrive { .. }, _) => policy.unknown_outcome = UnknownOutcome::Forward,
             (Some(Mutant::ExpiresEarly), Event::Arrive { .. }, Some(record))
                 if record.expires_at().is_some_and(|at| at <= NOW.plus(1)) =>
@@ -592,9 +601,9 @@ impl Model {
                     new.is_some_and(|new| matches!(new.state, Is::Unknown { .. }) && new.holder == old.holder);
                 let arrives = matches!(by, By::Arrive | By::LookedUp(_));
                 let lapsed = old.lapsed() && arrives && (given_up || resent && self.forward());
-                let found_at_start = by == By::Recover && given_up;
+                let found = by == By::Recover && given_up || by == By::Lapse && given_up && old.lapsed();
                 let held = matches!(by, By::Settle(_) | By::Renew);
-                self.hold(ClaimsStay, lapsed || found_at_start || held)
+                self.hold(ClaimsStay, lapsed || found || held)
             }
             _ if old.expired() => Ok(()),
             Is::Completed { .. } => self.hold(CompletedStays, forgotten),
@@ -941,6 +950,9 @@ impl Model {
                 self.land(world, 9, pending).map(drop)
             })?;
         }
+        if self.shared() && world.store.is_some_and(|rec| rec.claimed()) {
+            go("a gateway looks for lapsed claims", 9, &|world| self.let_lapse(world))?;
+        }
         self.operates(world, &mut go)?;
         if world.down {
             go("recover", 9, &|world| self.recover(world))?;
@@ -974,6 +986,15 @@ impl Model {
         world.down = false;
         let Step { write, .. } = self.step(world.store, Event::Recover);
         match self.pending(world, &write, By::Recover, Then::Refuse) {
+            Some(pending) => self.land(world, 9, pending).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// In one go: a write on a version that is there no more changes nothing, and its answer is of no interest.
+    fn let_lapse(&self, world: &mut World) -> Checked {
+        let Step { write, .. } = self.step(world.store, Event::Lapse);
+        match self.pending(world, &write, By::Lapse, Then::Refuse) {
             Some(pending) => self.land(world, 9, pending).map(drop),
             None => Ok(()),
         }
@@ -1429,6 +1450,7 @@ fn every_mutant_is_caught() {
         (Mutant::StaleTokenRenews, &[OnlyTheHolderSettles]),
         (Mutant::LapsedIsFree, &[ClaimsStay]),
         (Mutant::LiveClaimIsUnknown, &[ClaimsStay]),
+        (Mutant::LiveClaimLapses, &[ClaimsStay]),
         (Mutant::RecoverFrees, &[ClaimsStay]),
         (Mutant::ClaimsExpire, &[ClaimsStay]),
         (Mutant::ExpiresEarly, &[CompletedStays, UnknownStays]),

@@ -13,7 +13,7 @@ use super::{
 use crate::fault;
 use crate::idempotency::outcome::Class;
 use crate::idempotency::{Evidence, Outcome, Recorded, Why};
-use crate::ledger::{Answer, Claim, ClaimResult, Elsewhere, Held, Lead, Reservation};
+use crate::ledger::{Answer, Claim, ClaimResult, Elsewhere, Held, Lead, Reservation, Unsettled};
 use crate::store::{AnyStore, StoreError};
 use crate::telemetry::Outcome as Result_;
 use bytes::Bytes;
@@ -97,6 +97,7 @@ impl Gateway {
 
 type Lead_ = Lead<AnyStore, SharedResponse>;
 type Claim_ = Claim<AnyStore, SharedResponse>;
+type Unsettled_ = Unsettled<AnyStore, SharedResponse>;
 
 /// How an exchange with the upstream went.
 pub(super) enum Exchange {
@@ -198,13 +199,13 @@ impl Forward {
                             route = self.route.options.pattern.as_str(),
                             "a claim could not be kept alive; its request was not sent"
                         );
-                        settle(claim, Outcome::NotExecuted(Evidence::ThisSend), None).await;
-                        return self.tell(TaskAnswer::Problem(problem));
+                        let unsettled = settle(claim, Outcome::NotExecuted(Evidence::ThisSend), None).await;
+                        return self.end(TaskAnswer::Problem(problem), unsettled).await;
                     }
                     SendError::Unreachable { .. } => {
                         let shared = Arc::new(Unrecorded::Problem(problem.clone()));
-                        settle(claim, Outcome::NotExecuted(Evidence::ThisSend), Some(shared)).await;
-                        return self.tell(TaskAnswer::Problem(problem));
+                        let unsettled = settle(claim, Outcome::NotExecuted(Evidence::ThisSend), Some(shared)).await;
+                        return self.end(TaskAnswer::Problem(problem), unsettled).await;
                     }
                     SendError::Malformed(_) => (Why::Malformed, problem),
                     // A buffered body does not break off, and the time is kept here.
@@ -257,39 +258,56 @@ impl Forward {
         request
     }
 
-    async fn settle_without_response(mut self: Box<Self>, claim: Claim_, why: Why, problem: Problem) {
-        settle(claim, Outcome::Unknown(why), None).await;
-        self.tell(TaskAnswer::Problem(problem));
+    /// Tells the caller. Then, with the permit and whatever else this task holds of the limits, goes on to record what the
+    /// store did not take.
+    async fn end(mut self: Box<Self>, answer: TaskAnswer, unsettled: Option<Unsettled_>) {
+        self.tell(answer);
+        self.body = None;
+        if let Some(unsettled) = unsettled {
+            unsettled.settle_later().await;
+        }
     }
 
-    async fn settle_complete(mut self: Box<Self>, claim: Claim_, head: response::Parts, body: Bytes) {
+    async fn settle_without_response(self: Box<Self>, claim: Claim_, why: Why, problem: Problem) {
+        let unsettled = settle(claim, Outcome::Unknown(why), None).await;
+        self.end(TaskAnswer::Problem(problem), unsettled).await;
+    }
+
+    async fn settle_complete(self: Box<Self>, claim: Claim_, head: response::Parts, body: Bytes) {
         let outcome = self.classify(&head, claim.resend);
         let response = respond(&head, ReplyBody::full(body.clone()));
         let kept = recordable(&head.headers, &self.route.options.drop_headers);
-        match outcome {
+        let unsettled = match outcome {
             Verdict::Final => {
                 let recorded = Recorded::Full(to_recorded(head.status, &kept, body));
-                settle(claim, Outcome::Final(recorded), None).await;
+                settle(claim, Outcome::Final(recorded), None).await
             }
             Verdict::NotExecuted(evidence) => {
                 let shared = Arc::new(Unrecorded::Response { status: head.status, headers: kept, body });
-                settle(claim, Outcome::NotExecuted(evidence), Some(shared)).await;
+                settle(claim, Outcome::NotExecuted(evidence), Some(shared)).await
             }
             Verdict::Unknown(why) => settle(claim, Outcome::Unknown(why), None).await,
-        }
-        self.tell(TaskAnswer::Respond(response, Result_::forwarded));
+        };
+        self.end(TaskAnswer::Respond(response, Result_::forwarded), unsettled).await;
     }
 
     /// Settles before the first byte goes to the caller; a cut-off from then on changes the record no more.
-    async fn settle_large(self: Box<Self>, claim: Claim_, large: Large) {
+    async fn settle_large(mut self: Box<Self>, claim: Claim_, large: Large) {
         let head = &large.head;
         let outcome = match self.classify(head, claim.resend) {
             Verdict::Final => Outcome::Final(to_omitted(head.status, &head.headers)),
             Verdict::NotExecuted(evidence) => Outcome::NotExecuted(evidence),
             Verdict::Unknown(why) => Outcome::Unknown(why),
         };
-        settle(claim, outcome, None).await;
-        self.stream(large, Result_::forwarded).await;
+        let unsettled = settle(claim, outcome, None).await;
+        // Held until both are through.
+        let _permit = self.permit.take();
+        let later = async {
+            if let Some(unsettled) = unsettled {
+                unsettled.settle_later().await;
+            }
+        };
+        tokio::join!(self.stream(large, Result_::forwarded), later);
     }
 
     /// Streams what was read and what is still to come.
@@ -381,11 +399,12 @@ enum Verdict {
     Unknown(Why),
 }
 
-async fn settle(claim: Claim_, outcome: Outcome, shared_response: Option<SharedResponse>) {
+/// What the store did not take has been logged and counted; the claim stays, and the caller gets its answer all the same.
+async fn settle(claim: Claim_, outcome: Outcome, shared_response: Option<SharedResponse>) -> Option<Unsettled_> {
     fault::point("before-settle-commit");
-    // A failure has been logged and counted; the claim stays, and the caller gets its answer all the same.
-    let _ = claim.settle(outcome, shared_response).await;
+    let unsettled = claim.settle(outcome, shared_response).await.err();
     fault::point("after-settle-commit");
+    unsettled
 }
 
 /// The response for the caller: everything but what is not for it.

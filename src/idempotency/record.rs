@@ -78,6 +78,16 @@ pub enum Recorded {
     },
 }
 
+impl Recorded {
+    /// What is left of it without header fields and body; `None`: nothing less.
+    #[must_use]
+    pub fn omitted(&self) -> Option<Self> {
+        let Self::Full(Response { status, headers, .. }) = self else { return None };
+        let location = headers.iter().find(|(name, _)| name.eq_ignore_ascii_case(b"location"));
+        Some(Self::Omitted { status: *status, location: location.map(|(_, value)| value.clone()) })
+    }
+}
+
 /// Why an outcome is unknown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Why {

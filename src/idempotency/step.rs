@@ -76,6 +76,8 @@ pub enum Event {
     Settle { token: ClaimToken, outcome: Outcome },
     /// Found at start: the gateway that held this claim is dead.
     Recover,
+    /// Somebody looks whether the claim's lease is over. It is no business of his whose it was.
+    Lapse,
     /// The upstream was asked at `asked_at` what became of the request whose outcome `of`'s holder never learned. The rest
     /// is as in [`Event::Arrive`].
     LookedUp {
@@ -180,6 +182,9 @@ impl Step {
 /// Decides what `event` does to the record `stored` at `now`.
 pub fn step(policy: &Policy, now: Millis, stored: Option<&Record>, event: &Event) -> Step {
     match stored.and_then(|record| lapsed(policy, now, record)) {
+        Some(lapsed) if *event == Event::Lapse && !lapsed.expired(now) => {
+            Step { write: Write::Put(lapsed), decision: Decision::Settled }
+        }
         // Only its owner still takes it for a claim.
         Some(lapsed) if !matches!(event, Event::Renew { .. } | Event::Settle { .. } | Event::Recover) => {
             let step = decide(policy, now, Some(&lapsed), event);
@@ -245,6 +250,8 @@ fn decide(policy: &Policy, now: Millis, stored: Option<&Record>, event: &Event) 
             }
             _ => Step::keep(Decision::Superseded),
         },
+        // It lives, or is none, or its time is over.
+        Event::Lapse => Step::keep(Decision::Superseded),
         Event::Resolve(_) | Event::Forget => match stored.filter(|record| !record.expired(now)) {
             None => Step::keep(Decision::NotFound),
             Some(record) => operate(policy, now, record, event),

@@ -2,11 +2,11 @@
 
 use super::lease::Lease;
 use super::{Arrival, Remembered, Settlement, Shared, SlotOwner};
-use crate::idempotency::{Decision, Event, Outcome, Record, State, Why};
+use crate::idempotency::{ClaimToken, Decision, Event, Millis, Outcome, Record, State, Why};
 use crate::store::{Store, StoreError, Version};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 /// A durable claim. It is settled by [`Claim::settle`]; dropped without, it is settled as unknown.
 pub struct Claim<S: Store, R: Clone + Send + Sync + 'static> {
@@ -23,6 +23,8 @@ pub(super) struct HeldClaim<S, R: Clone> {
     pub(super) record: Arc<Remembered>,
     /// In a shared store.
     pub(super) lease: Option<Arc<Lease>>,
+    /// Until then an earlier copy of the claim may land, if the key is free by that time.
+    pub(super) may_land_until: Option<Millis>,
 }
 
 impl<S: Store, R: Clone + Send + Sync + 'static> Claim<S, R> {
@@ -51,8 +53,8 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Claim<S, R> {
     /// Settles the claim durably. `shared_response` is for waiters with the same credentials, if nothing was executed.
     ///
     /// # Errors
-    /// The store's: the claim then stays; it becomes unknown, never free.
-    pub async fn settle(mut self, outcome: Outcome, shared_response: Option<R>) -> Result<(), StoreError> {
+    /// The store's: the claim then stays; it becomes unknown, never free. The outcome may yet be recorded.
+    pub async fn settle(mut self, outcome: Outcome, shared_response: Option<R>) -> Result<(), Unsettled<S, R>> {
         match self.held.take() {
             Some(held) => held.settle(outcome, shared_response).await,
             None => Ok(()),
@@ -60,16 +62,54 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Claim<S, R> {
     }
 }
 
+/// An outcome that could not be recorded, and the claim that stays.
+#[must_use = "the outcome is lost unless it is tried again"]
+pub struct Unsettled<S, R: Clone> {
+    pub error: StoreError,
+    /// `None`: to try again is of no use.
+    rest: Option<Rest<S, R>>,
+}
+
+type Rest<S, R> = (Box<HeldClaim<S, R>>, Box<Event>);
+
+impl<S, R: Clone> std::fmt::Debug for Unsettled<S, R> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Unsettled").field("error", &self.error).finish_non_exhaustive()
+    }
+}
+
+impl<S: Store, R: Clone + Send + Sync + 'static> Unsettled<S, R> {
+    /// Records it once the disk has room, or the shared store can be reached; until then duplicates wait for it. Ends in vain
+    /// if the store has failed, or with [`Ledger::stop_trying`](super::Ledger::stop_trying): the claim is left. Whoever awaits this
+    /// still holds what his request takes of the limits, so that what waits is bounded.
+    pub async fn settle_later(self) {
+        let Some((held, mut event)) = self.rest else { return };
+        let stop = held.shared.stop.clone();
+        let mut pause = PAUSE_MIN;
+        let mut last = stop.is_cancelled();
+        while !last {
+            last = timeout(pause, stop.cancelled()).await.is_ok();
+            pause = (pause * 2).min(PAUSE_MAX);
+            match held.write(&mut event).await {
+                Err(error) if may_pass(&error) => {}
+                Ok(settled) => return held.finish(settled, None),
+                // Found at the next start, or once its lease is over.
+                Err(_) => return,
+            }
+        }
+    }
+}
+
 impl<S: Store, R: Clone + Send + Sync + 'static> HeldClaim<S, R> {
-    async fn settle(self: Box<Self>, outcome: Outcome, shared_response: Option<R>) -> Result<(), StoreError> {
+    async fn settle(self: Box<Self>, outcome: Outcome, shared_response: Option<R>) -> Result<(), Unsettled<S, R>> {
         let metrics = &self.shared.metrics;
         match &outcome {
             Outcome::Final(_) => metrics.settled_final.inc(),
             Outcome::NotExecuted(_) => metrics.settled_not_executed.inc(),
             Outcome::Unknown(_) => metrics.settled_unknown.inc(),
         };
-        let event = Event::Settle { token: self.record.token, outcome };
-        match self.write(&event).await {
+        let mut event = Box::new(Event::Settle { token: self.record.token, outcome });
+        match self.write(&mut event).await {
             Ok(settled) => {
                 self.finish(settled, shared_response);
                 Ok(())
@@ -77,26 +117,35 @@ impl<S: Store, R: Clone + Send + Sync + 'static> HeldClaim<S, R> {
             Err(error) => {
                 metrics.settle_failures.inc();
                 tracing::error!(record = %self.arrival.id, %error, "an outcome could not be recorded; the claim stays");
-                // It is recorded once the disk has room, or the shared store can be reached, and waited for until then.
-                if may_pass(&error) {
-                    tokio::spawn(self.settle_later(event));
-                }
-                Err(error)
+                let rest = may_pass(&error).then_some((self, event));
+                Err(Unsettled { error, rest })
             }
         }
     }
 
-    async fn write(&self, event: &Event) -> Result<(Decision, Option<(Version, Record)>), StoreError> {
+    /// Of an outcome that the store refuses, less and less is written: without the body, then as unknown.
+    async fn write(&self, event: &mut Event) -> Result<(Decision, Option<(Version, Record)>), StoreError> {
         let Self { shared, arrival, version, record, lease, .. } = self;
-        let started = Instant::now();
-        let held = lease.as_ref().map_or_else(|| (*version, Record::clone(record)), |lease| lease.held());
-        let settled = shared.apply(arrival.id, &arrival.policy, Some(held), event).await;
-        shared.metrics.settle_seconds.observe(started.elapsed());
-        settled
+        loop {
+            let started = Instant::now();
+            let held = lease.as_ref().map_or_else(|| (*version, Record::clone(record)), |lease| lease.held());
+            let settled = shared.apply(arrival.id, &arrival.policy, Some(held), event).await;
+            shared.metrics.settle_seconds.observe(started.elapsed());
+            let Err(StoreError::Refused { reason }) = &settled else { return settled };
+            let Some(less) = less_than(record.token, event) else { return settled };
+            shared.metrics.settle_failures.inc();
+            let bodiless = matches!(less, Event::Settle { outcome: Outcome::Final(_), .. });
+            let how = if bodiless { "without its body" } else { "as unknown" };
+            tracing::error!(record = %arrival.id, reason, "the store refuses an outcome; it is recorded {how}");
+            *event = less;
+        }
     }
 
     fn finish(self: Box<Self>, settled: (Decision, Option<(Version, Record)>), shared_response: Option<R>) {
-        let Self { shared, arrival, owner, .. } = *self;
+        let Self { shared, arrival, owner, record, may_land_until, .. } = *self;
+        if let (None, Some(until)) = (&settled.1, may_land_until) {
+            shared.behind.spawn(Arc::clone(&shared).give_up(arrival.id, arrival.policy, record.token, until));
+        }
         match settled {
             (Decision::Settled, Some((_, record))) if matches!(record.state, State::Completed { .. }) => {
                 let record = Remembered::new(record);
@@ -110,20 +159,18 @@ impl<S: Store, R: Clone + Send + Sync + 'static> HeldClaim<S, R> {
             _ => owner.settle(Settlement::Again),
         }
     }
+}
 
-    async fn settle_later(self: Box<Self>, event: Event) {
-        let mut pause = PAUSE_MIN;
-        loop {
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PAUSE_MAX);
-            match self.write(&event).await {
-                Err(error) if may_pass(&error) => {}
-                Ok(settled) => return self.finish(settled, None),
-                // Found at the next start.
-                Err(_) => return,
-            }
+/// The next best outcome; `None`: there is none.
+fn less_than(token: ClaimToken, event: &Event) -> Option<Event> {
+    let outcome = match event {
+        Event::Settle { outcome: Outcome::Final(recorded), .. } => {
+            recorded.omitted().map_or(Outcome::Unknown(Why::Abandoned), Outcome::Final)
         }
-    }
+        Event::Settle { outcome: Outcome::NotExecuted(_), .. } => Outcome::Unknown(Why::Abandoned),
+        _ => return None,
+    };
+    Some(Event::Settle { token, outcome })
 }
 
 /// How often an outcome that could not be recorded is tried again: after pauses that grow.
@@ -140,7 +187,13 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Drop for Claim<S, R> {
         tracing::warn!(record = %held.arrival.id, "a claim was abandoned; its outcome is unknown");
         // Without a runtime (the process is ending) the claim is found at the next start.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(held.settle(Outcome::Unknown(Why::Abandoned), None));
+            let behind = held.shared.behind.clone();
+            let settle = async move {
+                if let Err(unsettled) = held.settle(Outcome::Unknown(Why::Abandoned), None).await {
+                    unsettled.settle_later().await;
+                }
+            };
+            behind.spawn_on(settle, &runtime);
         }
     }
 }

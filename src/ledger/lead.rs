@@ -9,7 +9,7 @@ use super::{
 use crate::idempotency::{ClaimToken, Decision, Event, Evidence, Millis, Outcome, Policy, Record, Verdict};
 use crate::store::{RecordId, Store, StoreError, Version};
 use std::sync::Arc;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 /// The right, and the duty, to claim a key that nobody here works on. Duplicates wait from now on; they look again if
 /// this is dropped.
@@ -35,18 +35,15 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Lead<S, R> {
         let started = Instant::now();
         // The lease counts from here: before any write that makes it is sent.
         let since_ms = shared.clock.monotonic_ms();
-        let (decision, stored) = match shared.apply(arrival.id, &arrival.policy, stored, event).await {
+        let (id, policy, mut may_land_until) = (arrival.id, arrival.policy, None);
+        let applied = shared.apply_minding_copies(id, &policy, stored, event, &mut may_land_until).await;
+        let claimed = matches!(applied, Ok((Decision::Forward { .. }, Some(_))));
+        if let (false, Some(until), Some(token)) = (claimed, may_land_until, claimed_by(event)) {
+            shared.behind.spawn(Arc::clone(&shared).give_up(id, policy, token, until));
+        }
+        let (decision, stored) = match applied {
             Err(StoreError::Damaged { id, detail }) => return Ok(ClaimResult::Answer(damaged(id, &detail))),
-            Err(error) => {
-                if let (StoreError::Unavailable { may_land_until_ms: Some(until), .. }, Some(token)) =
-                    (&error, claimed_by(event))
-                {
-                    let (id, policy) = (arrival.id, arrival.policy);
-                    tokio::spawn(shared.give_up(id, policy, token, Millis(*until)));
-                }
-                return Err(error);
-            }
-            Ok(applied) => applied,
+            applied => applied?,
         };
         let Some((version, record)) = stored else {
             // An arrival never removes a record; should it, nothing was claimed.
@@ -61,7 +58,7 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Lead<S, R> {
                 if let Some(lease) = &lease {
                     owner.slot().set_lease(Arc::clone(lease));
                 }
-                let held = HeldClaim { shared, arrival, owner, version, record, lease };
+                let held = HeldClaim { shared, arrival, owner, version, record, lease, may_land_until };
                 return Ok(ClaimResult::Claimed(Claim { held: Some(Box::new(held)), resend }));
             }
             Decision::Lookup => {
@@ -75,7 +72,6 @@ impl<S: Store, R: Clone + Send + Sync + 'static> Lead<S, R> {
             Decision::Wait { until: Some(_) } => {
                 owner.slot().set_claimed(record);
                 let watch = shared.store.watch(arrival.id);
-                let (id, policy) = (arrival.id, arrival.policy);
                 return Ok(ClaimResult::Wait(Elsewhere { shared, id, policy, owner, watch }));
             }
             _ => {}
@@ -105,28 +101,37 @@ fn claimed_by(event: &Event) -> Option<ClaimToken> {
 }
 
 impl<S: Store, R: Clone + Send + Sync + 'static> Shared<S, R> {
-    /// The answer to a claim was lost, and its caller was told that the store is unavailable: nothing is sent under this
-    /// claim. Should it have landed, or land until `may_land_until`, then it is settled as not executed.
-    async fn give_up(self: Arc<Self>, id: RecordId, policy: Policy, token: ClaimToken, may_land_until: Millis) {
+    /// Nothing is sent under this claim any more, or ever was: its answer was lost, or it was settled as not executed. Should
+    /// it have landed all the same, or a copy of it do so until `may_land_until`, then that is settled as not executed.
+    pub(super) async fn give_up(
+        self: Arc<Self>,
+        id: RecordId,
+        policy: Policy,
+        token: ClaimToken,
+        may_land_until: Millis,
+    ) {
         let event = Event::Settle { token, outcome: Outcome::NotExecuted(Evidence::ThisSend) };
         let mut pause = PAUSE_MIN;
         loop {
+            // A copy may land after another was given back: only what is found from then on is the end.
             let last = self.clock.now() > may_land_until;
             match self.store.get(id).await {
                 Ok(found) => {
                     let own = found.and_then(|entry| decode(id, entry)).filter(|(_, record)| record.token == token);
-                    let done = match own {
+                    let given_back = match own {
                         Some(own) => self.apply(id, &policy, Some(own), &event).await.is_ok(),
-                        None => last,
+                        None => true,
                     };
-                    if done {
+                    if given_back && last {
                         return;
                     }
                 }
                 Err(StoreError::Failed { .. } | StoreError::Damaged { .. }) => return,
-                Err(StoreError::Unavailable { .. } | StoreError::Full { .. }) => {}
+                Err(StoreError::Unavailable { .. } | StoreError::Full { .. } | StoreError::Refused { .. }) => {}
             }
-            tokio::time::sleep(pause).await;
+            if timeout(pause, self.stop.cancelled()).await.is_ok() {
+                return;
+            }
             pause = (pause * 2).min(PAUSE_MAX);
         }
     }

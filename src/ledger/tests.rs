@@ -1,6 +1,7 @@
 mod lease;
 mod lookup;
 mod operator;
+mod settling;
 
 use super::*;
 use crate::idempotency::{Concurrent, Evidence, Outcome, Recorded, Response, UnknownOutcome, Why};
@@ -21,8 +22,12 @@ enum Fault {
     LoseAnswer,
     /// The disk is full.
     Full,
+    /// A shared store does not take this write, ever.
+    Decline,
     /// The answer is lost on its way from a shared store, which has written or not; it may land until then.
     Lost { lands: bool, until: Millis },
+    /// A shared store is asked twice, and an earlier copy may land until then.
+    Copied { until: Millis },
 }
 
 /// A store in memory whose writes can be held up or fail on command.
@@ -44,6 +49,8 @@ struct ScriptedState {
     reads: usize,
     /// So many reads find the store out of reach.
     unreachable: usize,
+    /// Of [`Fault::Copied`]: what is still on its way.
+    copied: Option<Entry>,
 }
 
 fn failed() -> StoreError {
@@ -66,9 +73,20 @@ impl Store for Arc<Scripted> {
         id: RecordId,
         expected: Option<Version>,
         new: Option<Value>,
+        now_ms: u64,
+        urgency: Urgency,
+    ) -> Result<Swap, StoreError> {
+        Ok(self.swap_minding_copies(id, expected, new, now_ms, urgency).await?.swap)
+    }
+
+    async fn swap_minding_copies(
+        &self,
+        id: RecordId,
+        expected: Option<Version>,
+        new: Option<Value>,
         _now_ms: u64,
         _urgency: Urgency,
-    ) -> Result<Swap, StoreError> {
+    ) -> Result<Swapped, StoreError> {
         self.arrived.notify_one();
         drop(self.held_up.lock().await);
         let mut state = self.state.lock().unwrap();
@@ -79,12 +97,22 @@ impl Store for Arc<Scripted> {
         if fault == Some(Fault::Full) {
             return Err(StoreError::Full { path: "here".to_owned(), min_free_bytes: 0 });
         }
+        if fault == Some(Fault::Decline) {
+            return Err(StoreError::Refused { reason: "too large".to_owned() });
+        }
         if let Some(Fault::Lost { lands: false, until }) = fault {
             return Err(StoreError::Unavailable { reason: "lost".to_owned(), may_land_until_ms: Some(until.0) });
         }
+        let may_land_until_ms = match fault {
+            Some(Fault::Copied { until }) => Some(until.0),
+            _ => None,
+        };
+        if may_land_until_ms.is_some() {
+            state.copied = new.clone().map(|value| Entry { version: Version(0), value });
+        }
         let current = state.entries.get(&id).cloned();
         if current.as_ref().map(|entry| entry.version) != expected {
-            return Ok(Swap::Conflict(current));
+            return Ok(Swapped { swap: Swap::Conflict(current), may_land_until_ms });
         }
         state.version += 1;
         state.writes += 1;
@@ -101,7 +129,7 @@ impl Store for Arc<Scripted> {
             Some(Fault::Lost { until, .. }) => {
                 Err(StoreError::Unavailable { reason: "lost".to_owned(), may_land_until_ms: Some(until.0) })
             }
-            _ => Ok(Swap::Done(version)),
+            _ => Ok(Swapped { swap: Swap::Done(version), may_land_until_ms }),
         }
     }
 
@@ -386,17 +414,6 @@ async fn a_claim_whose_settle_fails_stays_and_is_unknown_after_a_restart() {
             }
         }
     }
-}
-
-#[tokio::test]
-async fn a_settle_that_finds_no_room_is_recorded_once_there_is() {
-    let bench = bench();
-    let claimed = claim(&bench.ledger).await;
-    bench.store.state.lock().unwrap().faults.extend([Some(Fault::Full); 2]);
-    assert!(claimed.settle(response("one"), None).await.is_err());
-    let waiter = waiting(&bench.ledger, &arrival(1, 1));
-    assert!(matches!(waiter.settled(soon()).await, Ok(Settlement::Recorded(_))));
-    assert_eq!(replayed_body(&answered(&bench.ledger, &arrival(1, 1))), "one");
 }
 
 #[tokio::test]

@@ -21,8 +21,8 @@ use self::queue::{Answer, Param, Work};
 use self::sql::COUNT_MAX;
 use super::shared::{OpenError, Options, Watches};
 use super::{
-    Entry, Health, OLDEST_TRACKED, Page, RecordId, Status, Store, StoreError, StoreTime, Swap, Tag, Urgency, Value,
-    Version, Watch,
+    Entry, Health, OLDEST_TRACKED, Page, RecordId, Status, Store, StoreError, StoreTime, Swap, Swapped, Tag, Urgency,
+    Value, Version, Watch,
 };
 use bytes::Bytes;
 use std::sync::atomic::Ordering;
@@ -175,21 +175,32 @@ impl Store for Postgres {
         }
     }
 
-    /// The time of the write is the server's own, whatever `now_ms` says.
     async fn compare_and_swap(
+        &self,
+        id: RecordId,
+        expected: Option<Version>,
+        new: Option<Value>,
+        now_ms: u64,
+        urgency: Urgency,
+    ) -> Result<Swap, StoreError> {
+        Ok(self.swap_minding_copies(id, expected, new, now_ms, urgency).await?.swap)
+    }
+
+    /// The time of the write is the server's own, whatever `now_ms` says.
+    async fn swap_minding_copies(
         &self,
         id: RecordId,
         expected: Option<Version>,
         new: Option<Value>,
         _now_ms: u64,
         _urgency: Urgency,
-    ) -> Result<Swap, StoreError> {
+    ) -> Result<Swapped, StoreError> {
         if new.as_ref().is_some_and(|new| usize::from(new.tag.0) >= Tag::COUNT) {
             return Err(StoreError::Failed { reason: "a bad tag".to_owned() });
         }
         match self.driver.perform(Work::Swap { id, expected, new }).await? {
-            Answer::Swap(swap) => Ok(swap),
-            Answer::Entry(_) | Answer::Rows(_) => Ok(Swap::Conflict(None)),
+            Answer::Swap(swapped) => Ok(swapped),
+            Answer::Entry(_) | Answer::Rows(_) => Ok(Swapped { swap: Swap::Conflict(None), may_land_until_ms: None }),
         }
     }
 

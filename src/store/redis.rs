@@ -26,13 +26,13 @@ mod word;
 use self::url::{Mode, Target};
 use super::shared::{OpenError, Options, Watches};
 use super::{
-    Entry, Health, OLDEST_TRACKED, Page, RecordId, Status, Store, StoreError, StoreTime, Swap, Tag, Urgency, Value,
-    Version, Watch,
+    Entry, Health, OLDEST_TRACKED, Page, RecordId, Status, Store, StoreError, StoreTime, Swap, Swapped, Tag, Urgency,
+    Value, Version, Watch,
 };
 use bytes::Bytes;
 use cluster::Cluster;
 use dial::{Common, DialError, Dialer, Place};
-use layout::{FORMAT, LATE, Layout, OTHER, Request};
+use layout::{FORMAT, LATE, Layout, Listed, OTHER, Request};
 use link::{Answer, Driver, Lost, Op, Parts, Stats, Way};
 use resp::{Output, Reply};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -264,6 +264,9 @@ impl Core {
             let path = format!("{} (its maxmemory is used up)", self.common.dialer.place);
             return Err(StoreError::Full { path, min_free_bytes: 1 });
         }
+        if is_too_large(&error) && (write.urgency == Urgency::Settle || !answer.again) {
+            return Err(StoreError::Refused { reason: error });
+        }
         // An attempt before may have done it.
         Err(StoreError::Unavailable {
             reason: error,
@@ -271,22 +274,25 @@ impl Core {
         })
     }
 
-    async fn create(&self, id: RecordId, value: Value, urgency: Urgency) -> Result<Swap, StoreError> {
-        let (now_ms, deadline_ms) = (self.time.now_ms(), self.deadline_ms());
-        let request = Request::Create { id, value: value.clone(), now_ms, deadline_ms };
+    async fn create(&self, id: RecordId, value: Value, urgency: Urgency) -> Result<Swapped, StoreError> {
+        let deadline_ms = self.deadline_ms();
+        let request = Request::Create { id, value: value.clone(), deadline_ms };
         let answer = self.write(request, Write { id, urgency, deadline_ms }).await?;
-        match answer.reply {
-            Reply::Int(version) => Ok(Swap::Done(Version(u64::try_from(version).unwrap_or(0)))),
-            Reply::Bulk(bytes) => Ok(told(Layout::entry(id, bytes)?, Some(&value))),
-            Reply::Nil => Ok(Swap::Conflict(None)),
-            Reply::Status(status) if status == LATE => Err(late()),
-            Reply::Status(status) if status == OTHER => Err(StoreError::Unavailable {
-                reason: self.common.dialer.trust.disown().to_string(),
-                // An earlier attempt may have come before the store was emptied.
-                may_land_until_ms: Some(deadline_ms).filter(|_| answer.again),
-            }),
-            _ => Err(odd(Some(deadline_ms))),
-        }
+        let swap = match answer.reply {
+            Reply::Int(version) => Swap::Done(Version(u64::try_from(version).unwrap_or(0))),
+            Reply::Bulk(bytes) => told(Layout::entry(id, bytes)?, Some(&value)),
+            Reply::Nil => Swap::Conflict(None),
+            Reply::Status(status) if status == LATE => return Err(late()),
+            Reply::Status(status) if status == OTHER => {
+                return Err(StoreError::Unavailable {
+                    reason: self.common.dialer.trust.disown().to_string(),
+                    // An earlier attempt may have come before the store was emptied.
+                    may_land_until_ms: Some(deadline_ms).filter(|_| answer.again),
+                });
+            }
+            _ => return Err(odd(Some(deadline_ms))),
+        };
+        Ok(Swapped { swap, may_land_until_ms: Some(deadline_ms).filter(|_| answer.again) })
     }
 
     async fn update(
@@ -325,6 +331,12 @@ fn accepted(answer: Answer) -> Result<Reply, StoreError> {
         Reply::Error(reason) => Err(StoreError::Unavailable { reason, may_land_until_ms: None }),
         reply => Ok(reply),
     }
+}
+
+/// `proto-max-bulk-len`, as the protocol, a command and a script tell it. What else is refused is so whatever the record, and
+/// may be mended: memory, rights, a disk.
+fn is_too_large(error: &str) -> bool {
+    ["invalid bulk length", "exceeds maximum allowed size"].iter().any(|told| error.contains(told))
 }
 
 fn warn_of_memory(common: &Common) {
@@ -373,24 +385,37 @@ impl Store for Redis {
         id: RecordId,
         expected: Option<Version>,
         new: Option<Value>,
-        _now_ms: u64,
+        now_ms: u64,
         urgency: Urgency,
     ) -> Result<Swap, StoreError> {
+        Ok(self.swap_minding_copies(id, expected, new, now_ms, urgency).await?.swap)
+    }
+
+    async fn swap_minding_copies(
+        &self,
+        id: RecordId,
+        expected: Option<Version>,
+        new: Option<Value>,
+        _now_ms: u64,
+        urgency: Urgency,
+    ) -> Result<Swapped, StoreError> {
         if new.as_ref().is_some_and(|new| usize::from(new.tag.0) >= Tag::COUNT) {
             return Err(StoreError::Failed { reason: "a bad tag".to_owned() });
         }
-        match (expected, new) {
-            (None, Some(value)) => self.core.create(id, value, urgency).await,
+        let swap = match (expected, new) {
+            (None, Some(value)) => return self.core.create(id, value, urgency).await,
             // To remove what is not there.
-            (None, None) => Ok(match self.get(id).await? {
+            (None, None) => match self.get(id).await? {
                 Some(found) => Swap::Conflict(Some(found)),
                 None => Swap::Done(Version(self.core.time.now_ms().saturating_mul(1000))),
-            }),
-            (Some(expected), new) => self.core.update(id, expected, new, urgency).await,
-        }
+            },
+            // A version is never there again: of an update at most one copy lands.
+            (Some(expected), new) => self.core.update(id, expected, new, urgency).await?,
+        };
+        Ok(Swapped { swap, may_land_until_ms: None })
     }
 
-    /// Redis drops what has expired; this clears the index of unknown entries.
+    /// Redis drops what has expired; this clears the index of claimed and unknown entries.
     async fn sweep(&self, now_ms: u64) -> Result<Duration, StoreError> {
         self.core.sweep(now_ms).await
     }
@@ -400,7 +425,7 @@ impl Store for Redis {
         Ok(Vec::new())
     }
 
-    /// In no order, but those of [`OLDEST_TRACKED`] (by bucket, then by age). A page may have a few entries more than asked
+    /// In no order, but claimed and unknown ones (by bucket, then by age). A page may have a few entries more than asked
     /// for: Redis gives those together whose hashes collide.
     async fn list(&self, tag: Option<Tag>, after: u64, visit: usize) -> Result<Page, StoreError> {
         self.core.list(tag, after, visit).await
@@ -430,8 +455,8 @@ impl Store for Redis {
         self.watches.watch(id)
     }
 
-    /// Of the entries only those of [`OLDEST_TRACKED`] are counted, as of some seconds ago; to count others, Redis would
-    /// have to look at each.
+    /// Of the entries only claimed and unknown ones are counted, as of some seconds ago; to count others, Redis would have to
+    /// look at each.
     fn status(&self) -> Status {
         let core = &self.core;
         let out_of_reach = core.way.is_down() || core.common.dialer.trust.is_barred();
@@ -453,9 +478,13 @@ impl Store for Redis {
             swept: core.stats.swept.load(Ordering::Relaxed),
             disk_bytes: 0,
         };
-        let tracked = usize::from(OLDEST_TRACKED.0);
-        if let (Some(entries), Some(oldest)) = (status.entries.get_mut(tracked), status.oldest_ms.get_mut(tracked)) {
-            (*entries, *oldest) = (survey.unknown, survey.oldest_ms);
+        for (listed, count) in Listed::ALL.into_iter().zip(survey.counts) {
+            if let Some(entries) = status.entries.get_mut(usize::from(listed.tag().0)) {
+                *entries = count;
+            }
+        }
+        if let Some(oldest) = status.oldest_ms.get_mut(usize::from(OLDEST_TRACKED.0)) {
+            *oldest = survey.oldest_ms;
         }
         status
     }

@@ -82,6 +82,32 @@ fn an_owner_that_is_killed_leaves_an_unknown_outcome_once_its_lease_is_over(engi
     assert_eq!(fleet.upstream.count(), 3);
 }
 
+fn the_claims_of_a_gateway_that_is_gone_show_in_the_metrics_though_nobody_asks_for_them(engine: Engine) {
+    let gate = Gate::default();
+    // Longer than counts may lag behind.
+    let patient = "upstream.response_timeout = \"60s\"";
+    let Some(mut fleet) = Fleet::start(engine, 2, Upstream::holding(&gate), patient) else { return };
+    let _owners = (0..5).map(|n| fleet.begin(0, &format!("k{n}"))).collect::<Vec<_>>();
+    let mut living = fleet.begin(1, "living");
+    fleet.upstream.wait_for(6);
+    eventually("claims are counted", || {
+        (fleet.gateways[1].metric("oncegate_records{state=\"claimed\"}") == 6.0).then_some(())
+    });
+    assert_eq!(fleet.gateways[1].metric("oncegate_records{state=\"unknown\"}"), 0.0);
+    fleet.gateways[0].kill();
+    let unknown = || fleet.gateways[1].metric("oncegate_records{state=\"unknown\"}");
+    eventually("unknown outcomes are counted", || (unknown() == 5.0).then_some(()));
+    eventually("and how old they are", || {
+        (fleet.gateways[1].metric("oncegate_oldest_unknown_seconds") > 0.0).then_some(())
+    });
+    gate.open();
+    assert_eq!(living.read().status, 201, "whose owner lives is left alone");
+    assert!(fleet.settled(1, "living").replayed());
+    for n in 0..5 {
+        fleet.settled(1, &format!("k{n}")).expect_problem(409, "outcome_unknown");
+    }
+}
+
 fn an_operator_cannot_touch_a_claim_that_another_gateway_keeps_alive(engine: Engine) {
     let gate = Gate::default();
     let Some(fleet) = Fleet::start(engine, 2, Upstream::holding(&gate), IMPATIENT) else { return };
@@ -207,6 +233,7 @@ fn nothing_is_sent_under_a_lease_that_is_almost_over(engine: Engine) {
 for_each_store! {
     a_request_that_takes_longer_than_the_lease_stays_in_progress_and_is_answered
     an_owner_that_is_killed_leaves_an_unknown_outcome_once_its_lease_is_over
+    the_claims_of_a_gateway_that_is_gone_show_in_the_metrics_though_nobody_asks_for_them
     an_operator_cannot_touch_a_claim_that_another_gateway_keeps_alive
     the_real_result_of_an_owner_that_was_stopped_settles_what_had_become_unknown
     an_owner_that_was_stopped_before_it_sent_does_not_send_and_frees_the_key

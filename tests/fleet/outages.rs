@@ -1,8 +1,10 @@
 //! The store out of reach, slow, or its answers lost: what callers get, and that nothing is executed twice or stuck.
 
 use crate::fleet::{Fleet, LEASE, TIMEOUT, assert_same, problem, takes};
-use crate::server::Engine;
+use crate::server::{Engine, Server};
 use crate::support::{Gate, Response, Upstream, eventually, request};
+use std::collections::BTreeSet;
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -154,6 +156,30 @@ fn a_claim_that_arrives_late_is_refused_by_the_store_or_given_back(engine: Engin
     }
 }
 
+/// The second copy of a claim is quick; the first arrives once the key has been given back.
+fn a_copy_of_a_claim_that_arrives_after_the_key_was_freed_leaves_it_free(engine: Engine) {
+    let seen = Mutex::new(BTreeSet::new());
+    let upstream = Upstream::scripted(move |request, reply| {
+        let throttled = seen.lock().unwrap().insert(request.key().map(str::to_owned));
+        reply.send(if throttled { 429 } else { 201 }, &[], format!("run {}", request.number));
+    });
+    let Some(fleet) = Fleet::start(engine, 2, upstream, "") else { return };
+    for n in 0..3 {
+        let key = format!("copy-{n}-");
+        fleet.proxies[0].hold(&key);
+        let first = fleet.post(0, &key);
+        fleet.proxies[0].release();
+        if problem(&first).is_some() {
+            first.expect_problem(503, "store_unavailable");
+            continue; // The second copy was not quick enough, on a machine that is busy.
+        }
+        assert_eq!(first.status, 429, "{first:?}");
+        let last = fleet.settled(1, &key);
+        assert_eq!((last.status, fleet.upstream.executions(&key)), (201, 2), "{last:?}");
+        assert_same(&key, &last, &fleet.settled(0, &key));
+    }
+}
+
 fn an_outcome_that_finds_no_store_is_delivered_and_recorded_later(engine: Engine) {
     // Back before the lease is over, and after it.
     for outage in [Duration::ZERO, LEASE + LEASE / 4] {
@@ -168,6 +194,9 @@ fn an_outcome_that_finds_no_store_is_delivered_and_recorded_later(engine: Engine
         let first = owner.read();
         assert_eq!((first.status, first.text().as_str()), (201, "run 1"), "the caller is not to suffer");
         assert!(began.elapsed() < TIMEOUT + MARGIN);
+        let held = |gauge: &str| fleet.gateways[0].metric(gauge);
+        assert_eq!(held("oncegate_upstream_in_flight"), 1.0, "what waits to be recorded counts against the limits");
+        assert!(held("oncegate_buffered_bytes") >= "run 1".len() as f64);
         thread::sleep(outage);
         fleet.server.restart();
         fleet.wait_for_store(1, true);
@@ -176,7 +205,78 @@ fn an_outcome_that_finds_no_store_is_delivered_and_recorded_later(engine: Engine
         assert_same("k", &first, &replay);
         assert_same("k", &first, &fleet.settled(0, "k"));
         fleet.executed_once("k");
+        eventually("and no more then", || (held("oncegate_upstream_in_flight") == 0.0).then_some(()));
     }
+}
+
+fn a_gateway_that_is_stopped_meanwhile_records_it_before_it_ends(engine: Engine) {
+    let gate = Gate::default();
+    let Some(mut fleet) = Fleet::alone(engine, 2, Upstream::holding(&gate), "") else { return };
+    let mut owner = fleet.begin(0, "k");
+    fleet.upstream.wait_for(1);
+    fleet.server.kill();
+    fleet.wait_for_store(0, false);
+    gate.open();
+    let first = owner.read();
+    assert_eq!((first.status, first.text().as_str()), (201, "run 1"));
+    drop(owner);
+    fleet.gateways[0].terminate();
+    fleet.gateways[0].wait_for_log("draining");
+    fleet.server.restart();
+    assert_eq!(fleet.gateways[0].wait(), Some(0));
+    fleet.wait_for_store(1, true);
+    let replay = fleet.post(1, "k");
+    assert!(replay.replayed(), "{replay:?}");
+    assert_same("k", &first, &replay);
+    fleet.executed_once("k");
+}
+
+fn a_gateway_that_is_stopped_without_its_store_ends_all_the_same(engine: Engine) {
+    let gate = Gate::default();
+    let brief = "server.drain_timeout = \"500ms\"";
+    let Some(mut fleet) = Fleet::alone(engine, 2, Upstream::holding(&gate), brief) else { return };
+    let mut owner = fleet.begin(0, "k");
+    fleet.upstream.wait_for(1);
+    fleet.server.kill();
+    fleet.wait_for_store(0, false);
+    gate.open();
+    assert_eq!(owner.read().status, 201);
+    drop(owner);
+    fleet.gateways[0].terminate();
+    assert_eq!(fleet.gateways[0].wait(), Some(0));
+    fleet.server.restart();
+    fleet.wait_for_store(1, true);
+    fleet.settled(1, "k").expect_problem(409, "outcome_unknown");
+    fleet.executed_once("k");
+}
+
+/// It answers, but does not take a record of that size.
+fn a_response_that_the_store_refuses_is_delivered_and_recorded_without_its_body(engine: Engine) {
+    let body = "x".repeat(2 << 20);
+    let large = body.clone();
+    let upstream = Upstream::scripted(move |_, reply| reply.send(201, &[("Location", "/posts/1")], &large));
+    let further = "idempotency.max_recorded_body = \"4MiB\"";
+    let Some(fleet) = Fleet::alone(engine, 2, upstream, further) else { return };
+    match &*fleet.server {
+        Server::Redis(server) => {
+            server.lock().unwrap().client().ask(&["CONFIG", "SET", "proto-max-bulk-len", "1mb"]);
+        }
+        Server::Postgres(_) => {
+            let table = format!("{}_records", fleet.prefix);
+            fleet.server.sql(&format!("ALTER TABLE {table} ADD CHECK (octet_length(value) < 1048576)"));
+        }
+    }
+    for key in ["k1", "k2"] {
+        let first = fleet.post(0, key);
+        assert_eq!((first.status, first.text() == body), (201, true), "the caller is not to suffer");
+        for gateway in [0, 1] {
+            let problem = fleet.settled(gateway, key);
+            problem.expect_problem(409, "body_not_recorded");
+            assert_eq!(problem.json()["location"], "/posts/1", "{problem:?}");
+        }
+        fleet.executed_once(key);
+    }
+    assert!(fleet.gateways[0].metric("oncegate_settle_failures_total") >= 2.0);
 }
 
 fn a_settlement_whose_answer_is_lost_is_recorded_once(engine: Engine) {
@@ -275,7 +375,11 @@ for_each_store! {
     a_claim_whose_answer_is_lost_is_executed_once_or_given_back
     a_single_lost_answer_costs_a_caller_nothing
     a_claim_that_arrives_late_is_refused_by_the_store_or_given_back
+    a_copy_of_a_claim_that_arrives_after_the_key_was_freed_leaves_it_free
     an_outcome_that_finds_no_store_is_delivered_and_recorded_later
+    a_gateway_that_is_stopped_meanwhile_records_it_before_it_ends
+    a_gateway_that_is_stopped_without_its_store_ends_all_the_same
+    a_response_that_the_store_refuses_is_delivered_and_recorded_without_its_body
     a_settlement_whose_answer_is_lost_is_recorded_once
     those_who_wait_elsewhere_live_through_an_outage
     where_the_operator_says_so_requests_pass_without_a_record_and_are_counted

@@ -69,6 +69,41 @@ async fn unknown_entries_are_counted_and_the_index_forgets_those_that_have_expir
 }
 
 #[tokio::test]
+async fn claims_are_counted_and_listed_without_looking_at_the_rest() {
+    if !installed() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let store = open(&server.url()).await;
+    let lapsing = |at: u64| Value { expires_at_ms: Some(at), ..value(CLAIMED, "claim") };
+    let later = now_ms(&store) + 60_000;
+    let mut ends = vec![None, Some(value(COMPLETED, "done")), Some(value(UNKNOWN, "unknown"))].into_iter();
+    for n in 1..=6 {
+        let version = put(&store, n, None, lapsing(later)).await;
+        // A renewal.
+        let version = put(&store, n, Some(version), lapsing(later + 1)).await;
+        if let Some(end) = ends.next() {
+            assert!(matches!(swap(&store, n, Some(version), end).await.unwrap(), Swap::Done(_)));
+        }
+    }
+    server.client().ask(&["CONFIG", "RESETSTAT"]);
+    let page = store.list(Some(CLAIMED), 0, 100).await.unwrap();
+    assert_eq!(page.entries.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [4, 5, 6].map(id));
+    assert_eq!(page.next, None);
+    assert!(!server.client().ask(&["INFO", "commandstats"]).text().contains("cmdstat_scan"));
+    assert_eq!(open(&server.url()).await.status().entries, [3, 0, 1, 0]);
+    // One that nobody has made unknown in all its time.
+    put(&store, 9, None, lapsing(now_ms(&store) + 200)).await;
+    until("it expires", async || store.get(id(9)).await.unwrap().is_none()).await;
+    until("the index is swept", async || {
+        store.sweep(now_ms(&store)).await.unwrap();
+        store.status().swept == 1
+    })
+    .await;
+    assert_eq!(open(&server.url()).await.status().entries, [3, 0, 1, 0]);
+}
+
+#[tokio::test]
 async fn the_sweep_spares_what_has_not_expired_in_the_server() {
     if !installed() {
         return;

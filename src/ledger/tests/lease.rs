@@ -277,6 +277,101 @@ async fn a_claim_that_lands_late_is_settled_as_not_executed() {
     fleet.until("given back", |fleet| fleet.record().is_none()).await;
 }
 
+impl Fleet {
+    /// A copy of a creation that was on its way reaches the store.
+    fn land(&self, copy: &Entry) {
+        let mut state = self.store.state.lock().unwrap();
+        state.version += 1;
+        let landed = Entry { version: Version(state.version), value: copy.value.clone() };
+        assert!(state.entries.insert(ID, landed).is_none(), "a creation lands on a free key alone");
+    }
+
+    /// From then on nobody looks for copies any more, and the key is free.
+    async fn free_for_good(&self) {
+        self.clock.advance(4_001);
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let reads = self.store.state.lock().unwrap().reads;
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(self.store.state.lock().unwrap().reads, reads, "it looks no more");
+        claimed(&self.b).await.settle(response("another"), None).await.unwrap();
+    }
+}
+
+/// Both copies of a creation were delayed: the second lands after the first was given back.
+#[tokio::test(start_paused = true)]
+async fn every_copy_of_a_claim_that_was_given_up_is_settled_as_not_executed() {
+    let fleet = fleet();
+    fleet.fail(Fault::Lost { lands: true, until: START.plus(4_000) });
+    let Err(_) = try_claim(&fleet.a).await else { panic!("claimed") };
+    let copy = fleet.entry().unwrap();
+    for _ in 0..3 {
+        fleet.until("given back", |fleet| fleet.record().is_none()).await;
+        fleet.land(&copy);
+    }
+    fleet.until("given back", |fleet| fleet.record().is_none()).await;
+    fleet.free_for_good().await;
+}
+
+/// Its second copy was done, and the first is still on its way when the key is given back.
+#[tokio::test(start_paused = true)]
+async fn a_copy_of_a_claim_that_lands_after_it_was_settled_is_given_back() {
+    let fleet = fleet();
+    fleet.fail(Fault::Copied { until: START.plus(4_000) });
+    let claim = claimed(&fleet.a).await;
+    let copy = fleet.entry().unwrap();
+    let reads = fleet.store.state.lock().unwrap().reads;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(fleet.store.state.lock().unwrap().reads, reads, "as long as the claim stands no copy can land");
+    claim.settle(Outcome::NotExecuted(Evidence::ThisSend), Some("429")).await.unwrap();
+    assert_eq!(fleet.record(), None);
+    fleet.land(&copy);
+    fleet.until("given back", |fleet| fleet.record().is_none()).await;
+    fleet.free_for_good().await;
+}
+
+/// The store stays out of reach until the process has to end.
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_was_given_up_is_waited_for_until_time_is_up() {
+    let fleet = fleet();
+    fleet.fail(Fault::Lost { lands: true, until: START.plus(4_000) });
+    let Err(_) = try_claim(&fleet.a).await else { panic!("claimed") };
+    fleet.store.state.lock().unwrap().unreachable = usize::MAX;
+    let mut settled = std::pin::pin!(fleet.a.settled_behind());
+    assert!(tokio::time::timeout(Duration::from_secs(60), &mut settled).await.is_err());
+    fleet.a.stop_trying();
+    settled.await;
+    fleet.clock.advance(LEASE_MS);
+    assert!(matches!(store_answer(&fleet.b).await, Answer::OutcomeUnknown), "never free");
+}
+
+/// What was executed stays, whatever becomes of the copies.
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_was_sent_twice_and_executed_is_left_alone() {
+    for outcome in [response("one"), Outcome::Unknown(Why::Timeout)] {
+        let fleet = fleet();
+        fleet.fail(Fault::Copied { until: START.plus(4_000) });
+        claimed(&fleet.a).await.settle(outcome, None).await.unwrap();
+        let settled = fleet.entry();
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        assert_eq!(fleet.entry(), settled);
+    }
+}
+
+/// Its second copy finds another's claim, which then frees the key for the first one.
+#[tokio::test(start_paused = true)]
+async fn a_copy_of_a_claim_that_was_beaten_is_given_back() {
+    let fleet = fleet();
+    let claim = claimed(&fleet.b).await;
+    fleet.fail(Fault::Copied { until: START.plus(4_000) });
+    drop(elsewhere(&fleet.a).await);
+    assert!(fleet.record().is_some(), "another's claim is left alone");
+    let copy = fleet.store.state.lock().unwrap().copied.take().unwrap();
+    claim.settle(Outcome::NotExecuted(Evidence::ThisSend), None).await.unwrap();
+    fleet.land(&copy);
+    fleet.until("given back", |fleet| fleet.record().is_none()).await;
+    fleet.free_for_good().await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_outcome_that_finds_the_store_out_of_reach_is_recorded_later() {
     let fleet = fleet();
@@ -284,8 +379,9 @@ async fn an_outcome_that_finds_the_store_out_of_reach_is_recorded_later() {
     for lands in [false, true] {
         fleet.fail(Fault::Lost { lands, until: START.plus(4_000) });
     }
-    let told = claim.settle(response("one"), None).await;
-    assert!(matches!(told, Err(StoreError::Unavailable { .. })), "the caller gets his response all the same");
+    let unsettled = claim.settle(response("one"), None).await.unwrap_err();
+    assert!(matches!(unsettled.error, StoreError::Unavailable { .. }), "the caller gets his response all the same");
+    tokio::spawn(unsettled.settle_later());
     let here = waiting(&fleet.a, &arriving(1, 1));
     assert!(matches!(here.settled(soon()).await, Ok(Settlement::Recorded(_))));
     assert_eq!(replayed_body(&store_answer(&fleet.b).await), "one");
@@ -319,4 +415,53 @@ async fn an_operator_acts_on_a_lapsed_claim_and_not_on_a_living_one() {
         claim.settle(response("too late"), None).await.unwrap();
         assert_eq!(fleet.record(), None, "what an operator has said stands");
     }
+}
+
+#[tokio::test]
+async fn lapsed_claims_are_found_by_whoever_looks_and_living_ones_are_left_alone() {
+    let fleet = fleet();
+    let living = claimed(&fleet.a).await;
+    let gone = Record { state: State::Claimed { lease_until: Some(START.plus(10)) }, ..a_claim() };
+    // More than one page of them.
+    for n in 0..300_u16 {
+        let mut id = [1; 16];
+        id[..2].copy_from_slice(&n.to_be_bytes());
+        let entry = Entry { version: Version(1000 + u64::from(n)), value: to_value(&leased(), &gone) };
+        fleet.store.state.lock().unwrap().entries.insert(RecordId(id), entry);
+    }
+    fleet.store.state.lock().unwrap().version = 2000;
+    fleet.clock.advance(9);
+    assert_eq!(fleet.b.find_lapsed(|_| Some(leased())).await.unwrap(), 0);
+    fleet.clock.advance(500);
+    let before = fleet.entry();
+    // Of a route that nobody knows.
+    assert_eq!(fleet.b.find_lapsed(|_| None).await.unwrap(), 0);
+    assert_eq!(fleet.b.find_lapsed(|_| Some(leased())).await.unwrap(), 300);
+    assert_eq!(fleet.a.find_lapsed(|_| Some(leased())).await.unwrap(), 0, "once");
+    assert_eq!(fleet.entry(), before);
+    let since = START.plus(10);
+    let unknown = State::Unknown { why: Why::Lease, since, expires_at: since.plus(50_000) };
+    let entries = fleet.store.state.lock().unwrap().entries.clone();
+    for (_, entry) in entries.into_iter().filter(|(id, _)| *id != ID) {
+        assert_eq!(entry.value.tag, tags::UNKNOWN);
+        assert_eq!(codec::decode(&entry.value.bytes).unwrap(), Record { state: unknown.clone(), ..a_claim() });
+    }
+    living.settle(response("one"), None).await.unwrap();
+}
+
+/// It is renewed between the look and the write.
+#[tokio::test]
+async fn a_claim_that_is_renewed_meanwhile_does_not_lapse() {
+    let fleet = fleet();
+    let claim = claimed(&fleet.a).await;
+    let seen = fleet.entry().unwrap();
+    fleet.clock.advance(LEASE_MS / 3);
+    fleet.a.renew_leases();
+    fleet.until("renewed", |fleet| fleet.entry().unwrap().version != seen.version).await;
+    fleet.clock.advance(LEASE_MS * 2 / 3);
+    let stale = decode(ID, seen);
+    let found = fleet.b.0.apply(ID, &leased(), stale, &Event::Lapse).await.unwrap();
+    assert_eq!(found.0, Decision::Superseded);
+    assert!(matches!(fleet.record().unwrap().state, State::Claimed { .. }));
+    claim.settle(response("one"), None).await.unwrap();
 }

@@ -326,7 +326,7 @@ async fn an_act_whose_write_fails_leaves_the_stores_word() {
         match fault {
             // It has landed: a copy in memory would contradict the store.
             Fault::LoseAnswer => drop(claim(&bench.ledger).await),
-            Fault::Refuse | Fault::Full | Fault::Lost { .. } => {
+            Fault::Refuse | Fault::Full | Fault::Decline | Fault::Lost { .. } | Fault::Copied { .. } => {
                 let answer = claim_answer(&bench.ledger, &arrival(1, 1)).await;
                 assert_eq!(replayed_body(&answer), "one");
             }

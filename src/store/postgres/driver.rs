@@ -369,10 +369,11 @@ impl Driver {
                     self.stalls.fetch_add(1, Ordering::Relaxed);
                     ended = Err(reason);
                 }
-                Failure::Refused(reason) => {
+                Failure::Refused { reason, may_pass } => {
                     unanswered.iter_mut().for_each(Op::take_back);
                     if unanswered.len() == 1 {
-                        unanswered.drain(..).for_each(|op| op.refuse(&reason));
+                        let refuse = if may_pass { Op::refuse } else { Op::refuse_for_good };
+                        unanswered.drain(..).for_each(|op| refuse(op, &reason));
                     }
                     // One of them is to blame.
                     unanswered.iter_mut().for_each(|op| op.alone = true);

@@ -3,7 +3,7 @@
 use super::connect::describe;
 use super::driver::Driver;
 use super::queue::{Answer, Batch, Op, Work};
-use crate::store::{Entry, RecordId, StoreError, Swap, Tag, Value, Version};
+use crate::store::{Entry, RecordId, StoreError, Swap, Swapped, Tag, Value, Version};
 use bytes::Bytes;
 use std::sync::atomic::Ordering;
 use tokio_postgres::types::{ToSql, Type};
@@ -17,8 +17,8 @@ pub(super) enum Failure {
     Again,
     /// They were not done, and will not be on this connection.
     Elsewhere(String),
-    /// They were not done, for a reason of one of them.
-    Refused(String),
+    /// They were not done, for a reason of one of them; or of the server's, which may pass.
+    Refused { reason: String, may_pass: bool },
 }
 
 /// Sends all of it, looks before writes, and takes out what was answered.
@@ -52,7 +52,9 @@ fn judge(driver: &Driver, error: &Error) -> Failure {
         ("25006", _) | (_, "42" | "3F") => Failure::Elsewhere(describe(error)),
         // The connection's end, as the server tells it.
         (_, "08" | "57" | "58") => Failure::Lost(describe(error)),
-        _ => Failure::Refused(describe(error)),
+        // Disk or memory is short.
+        (_, "53") => Failure::Refused { reason: describe(error), may_pass: true },
+        _ => Failure::Refused { reason: describe(error), may_pass: false },
     }
 }
 
@@ -136,7 +138,8 @@ async fn swaps(driver: &Driver, client: &Client, ops: &mut Vec<Op>, deadline_ms:
                     counters.batched_writes.fetch_add(1, Ordering::Relaxed);
                     counters.bytes_written.fetch_add(op.bytes() as u64, Ordering::Relaxed);
                 }
-                op.answer(Answer::Swap(swap));
+                let may_land_until_ms = op.earlier_copies_until();
+                op.answer(Answer::Swap(Swapped { swap, may_land_until_ms }));
             }
             Ok(None) => again.push(op),
             Err(error) => drop(op.reply.send(Err(error))),

@@ -1,6 +1,6 @@
 //! What waits to be sent to the server.
 
-use crate::store::{Entry, HashOfIds, RecordId, StoreError, Swap, Value, Version};
+use crate::store::{Entry, HashOfIds, RecordId, StoreError, Swapped, Value, Version};
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,7 +31,7 @@ pub(super) enum Work {
 
 pub(super) enum Answer {
     Entry(Option<Entry>),
-    Swap(Swap),
+    Swap(Swapped),
     Rows(Vec<Row>),
 }
 
@@ -138,6 +138,12 @@ impl Op {
         }
     }
 
+    /// Of a creation that is being answered: until when an earlier attempt may still land.
+    pub(super) fn earlier_copies_until(&self) -> Option<u64> {
+        let creates = matches!(self.work, Work::Swap { expected: None, new: Some(_), .. });
+        self.sent.map(|(_, before)| before).filter(|_| creates && self.may_have_landed)
+    }
+
     /// Whether it was done is not known.
     pub(super) fn lost(&mut self) {
         self.may_have_landed |= self.sent.take().is_some();
@@ -149,6 +155,19 @@ impl Op {
 
     pub(super) fn refuse(self, reason: &str) {
         let error = unavailable(reason, self.fate.give_up());
+        let _ = self.reply.send(Err(error));
+    }
+
+    /// The server will not do it, however often it is asked.
+    pub(super) fn refuse_for_good(self, reason: &str) {
+        let error = match (&self.work, self.fate.give_up()) {
+            // Whoever tries something else in its place finds an earlier copy that has landed, or is found by it.
+            (Work::Swap { expected: Some(_), .. }, _) | (Work::Swap { .. }, None) => {
+                StoreError::Refused { reason: reason.to_owned() }
+            }
+            // An earlier copy of a creation has to be looked for.
+            (_, until) => unavailable(reason, until),
+        };
         let _ = self.reply.send(Err(error));
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! An entry is one string: version (8 bytes, big endian), tag (1), expiry in milliseconds (8; 0: none), and the bytes. Its
 //! key is `PREFIX:{bb}:ID`, with `bb` the first two digits of the id: the part that decides the slot in a cluster. Of each
-//! such bucket a sorted set `PREFIX:{bb}:unknown` holds what bears [`OLDEST_TRACKED`], by the time of the write; a member is
-//! the expiry and the id. The set is an index that may hold too much (what has expired since), never too little.
+//! such bucket two sorted sets, `PREFIX:{bb}:claimed` and `PREFIX:{bb}:unknown`, hold what bears the tags of [`Listed`], by the
+//! time of the write; a member is the expiry and the id. The sets are an index that may hold too much (what has expired
+//! since), never too little.
 
 use super::resp::Output;
 use super::trust::Trust;
@@ -25,31 +26,33 @@ const EXPIRY_MAX: u64 = i64::MAX as u64;
 /// The answer to a creation in a store without the birthmark that was named.
 pub(super) const OTHER: &[u8] = b"OTHER";
 
-/// `KEYS`: the entry, and the bucket's set if the new tag is tracked. `ARGV`: the deadline in microseconds; the entry without
-/// its version; its expiry, or nothing; the key of the birthmark and the birthmark, or nothing; the set's score and member. An
-/// integer is the version of what was written.
+/// `KEYS`: the entry. `ARGV`: the deadline in microseconds; the entry without its version; its expiry, or nothing; the key of
+/// the birthmark and the birthmark, or nothing. An integer is the version of what was written. The tags are those of [`Listed`].
+/// The set is no key of the command's, although it is in the same slot: while a slot moves, a node takes no command of which
+/// it has but some of the keys.
 const CREATE: &str = "if ARGV[4]~='' and redis.call('GET',ARGV[4])~=ARGV[5] then return {ok='OTHER'} end \
 local t=redis.call('TIME') local v=t[1]*1000000+t[2] \
 if v>ARGV[1]+0 then return redis.call('GET',KEYS[1]) or {ok='LATE'} end \
 local b=struct.pack('>I8',v)..ARGV[2] local s \
 if ARGV[3]~='' then s=redis.call('SET',KEYS[1],b,'NX','PXAT',ARGV[3]) else s=redis.call('SET',KEYS[1],b,'NX') end \
 if not s then return redis.call('GET',KEYS[1]) end \
-if KEYS[2] then redis.pcall('ZADD',KEYS[2],ARGV[6],ARGV[7]) end return v";
+local z=({[0]='claimed',[2]='unknown'})[string.byte(b,9)] \
+if z then redis.pcall('ZADD',string.sub(KEYS[1],1,-33)..z,math.floor(v/1000),string.sub(b,10,17)..string.sub(KEYS[1],-32)) end \
+return v";
 
 /// `KEYS`: the entry. `ARGV`: the version expected; the new entry, empty to remove; its expiry, or nothing; whether those who
-/// wait are to be told if this ends a claim; the deadline in microseconds; the set's score and member, or nothing. Expects
-/// tag 2 to be the tracked one, tag 0 that of claims. The set is no key of the command's, although it is in the same slot:
-/// most writes do not touch it, and while a slot moves, a node takes no command of which it has but some of the keys.
+/// wait are to be told if this ends a claim; the deadline in microseconds; the score in a set. The tags are those of
+/// [`Listed`], and tag 0 that of claims. The sets are no keys of the command's: see above.
 const UPDATE: &str = "local h=redis.call('GETRANGE',KEYS[1],0,16) \
 if string.sub(h,1,8)~=ARGV[1] then return redis.call('GET',KEYS[1]) end \
 local t=redis.call('TIME') if t[1]*1000000+t[2]>ARGV[5]+0 then return {ok='LATE'} end \
 if ARGV[2]=='' then redis.call('DEL',KEYS[1]) \
 elseif ARGV[3]~='' then redis.call('SET',KEYS[1],ARGV[2],'PXAT',ARGV[3]) \
 else redis.call('SET',KEYS[1],ARGV[2]) end \
-local o=string.byte(h,9) \
-if o==2 or ARGV[6] then local z=string.sub(KEYS[1],1,-33)..'unknown' \
-if o==2 then redis.pcall('ZREM',z,string.sub(h,10,17)..string.sub(KEYS[1],-32)) end \
-if ARGV[6] then redis.pcall('ZADD',z,ARGV[6],ARGV[7]) end end \
+local o,n=string.byte(h,9),string.byte(ARGV[2],9) \
+local z={[0]='claimed',[2]='unknown'} local p,i=string.sub(KEYS[1],1,-33),string.sub(KEYS[1],-32) \
+if z[o] then redis.pcall('ZREM',p..z[o],string.sub(h,10,17)..i) end \
+if n and z[n] then redis.pcall('ZADD',p..z[n],ARGV[6],string.sub(ARGV[2],10,17)..i) end \
 if o==0 and ARGV[4]=='1' then redis.pcall('PUBLISH',KEYS[1],'') end return 1";
 
 /// `KEYS`: the setting. `ARGV`: the new value; the expected one, or nothing. The new one in place is as good as written.
@@ -105,7 +108,6 @@ pub(super) enum Request {
     Create {
         id: RecordId,
         value: Value,
-        now_ms: u64,
         deadline_ms: u64,
     },
     Update {
@@ -121,6 +123,7 @@ pub(super) enum Request {
         new: Bytes,
     },
     Sweep {
+        listed: Listed,
         bucket: u8,
         members: Vec<[u8; MEMBER]>,
     },
@@ -146,6 +149,28 @@ impl Request {
             Self::Sweep { bucket, .. } | Self::Plain { bucket, .. } => *bucket,
             Self::SetSetting { .. } | Self::PlainWrite { .. } => 0,
         }
+    }
+}
+
+/// Of what the sets of each bucket are an index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Listed {
+    Claimed,
+    Unknown,
+}
+
+impl Listed {
+    pub(super) const ALL: [Self; 2] = [Self::Claimed, Self::Unknown];
+
+    pub(super) fn tag(self) -> Tag {
+        match self {
+            Self::Claimed => Tag(0),
+            Self::Unknown => OLDEST_TRACKED,
+        }
+    }
+
+    pub(super) fn of(tag: Tag) -> Option<Self> {
+        Self::ALL.into_iter().find(|listed| listed.tag() == tag)
     }
 }
 
@@ -179,13 +204,6 @@ fn unhex(text: &[u8]) -> Option<RecordId> {
 pub(super) fn bucket_of(id: RecordId) -> u8 {
     let [first, ..] = id.0;
     first
-}
-
-fn member(id: RecordId, expires_at_ms: Option<u64>) -> [u8; MEMBER] {
-    let mut member = [0; MEMBER];
-    let parts = expires_at_ms.unwrap_or(0).to_be_bytes().into_iter().chain(hex_of(id));
-    member.iter_mut().zip(parts).for_each(|(to, from)| *to = from);
-    member
 }
 
 /// Expiry and id.
@@ -230,9 +248,12 @@ impl Layout {
         key
     }
 
-    pub(super) fn unknown(&self, bucket: u8) -> Vec<u8> {
+    pub(super) fn set(&self, listed: Listed, bucket: u8) -> Vec<u8> {
         let mut key = self.of_bucket(bucket);
-        key.extend_from_slice(b"unknown");
+        key.extend_from_slice(match listed {
+            Listed::Claimed => b"claimed",
+            Listed::Unknown => b"unknown",
+        });
         key
     }
 
@@ -299,9 +320,9 @@ impl Layout {
                 out.argument(b"GET");
                 self.push_key(out, *id);
             }
-            Request::Create { id, value, now_ms, deadline_ms } => {
+            Request::Create { id, value, deadline_ms } => {
                 let birthmark = trust.birthmark().filter(|_| self.single).map(|mark| (trust.key(), &mark[..]));
-                self.create(out, by_text, *id, value, [*now_ms, *deadline_ms], birthmark.unwrap_or_default());
+                self.create(out, by_text, *id, value, *deadline_ms, birthmark.unwrap_or_default());
             }
             Request::Update { id, expected, new, now_ms, deadline_ms } => {
                 self.update(out, by_text, *id, *expected, new.as_ref(), [*now_ms, *deadline_ms]);
@@ -314,9 +335,9 @@ impl Layout {
                     out.argument(expected);
                 }
             }
-            Request::Sweep { bucket, members } => {
+            Request::Sweep { listed, bucket, members } => {
                 self.sweep.call(out, by_text, 1 + members.len(), members.len());
-                out.argument(&self.unknown(*bucket));
+                out.argument(&self.set(*listed, *bucket));
                 let mut key = self.of_bucket(*bucket);
                 let len = key.len();
                 for member in members {
@@ -336,25 +357,16 @@ impl Layout {
         by_text: bool,
         id: RecordId,
         value: &Value,
-        [now_ms, deadline_ms]: [u64; 2],
+        deadline_ms: u64,
         (birthmark_key, birthmark): (&[u8], &[u8]),
     ) {
-        let tracked = value.tag == OLDEST_TRACKED;
-        let (keys, arguments) = if tracked { (2, 7) } else { (1, 5) };
-        self.create.call(out, by_text, keys, arguments);
+        self.create.call(out, by_text, 1, 5);
         self.push_key(out, id);
-        if tracked {
-            out.argument(&self.unknown(bucket_of(id)));
-        }
         out.number(deadline_ms.saturating_mul(1000));
         push_entry(out, None, value);
         push_expiry(out, value.expires_at_ms);
         out.argument(birthmark_key);
         out.argument(birthmark);
-        if tracked {
-            out.number(now_ms);
-            out.argument(&member(id, value.expires_at_ms));
-        }
     }
 
     fn update(
@@ -366,8 +378,7 @@ impl Layout {
         new: Option<&(Version, Value)>,
         [now_ms, deadline_ms]: [u64; 2],
     ) {
-        let tracked = new.map(|(_, value)| value).filter(|value| value.tag == OLDEST_TRACKED);
-        self.update.call(out, by_text, 1, if tracked.is_some() { 7 } else { 5 });
+        self.update.call(out, by_text, 1, 6);
         self.push_key(out, id);
         out.argument(&expected.0.to_be_bytes());
         match new {
@@ -379,10 +390,7 @@ impl Layout {
         let ends = self.single && new.is_none_or(|(_, value)| value.tag != Tag(0));
         out.argument(if ends { b"1" } else { b"" });
         out.number(deadline_ms.saturating_mul(1000));
-        if let Some(value) = tracked {
-            out.number(now_ms);
-            out.argument(&member(id, value.expires_at_ms));
-        }
+        out.number(now_ms);
     }
 
     /// # Errors
@@ -425,6 +433,11 @@ mod tests {
 
     const ID: RecordId = RecordId([0xa7; 16]);
 
+    /// As the scripts make it.
+    fn member(id: RecordId, expires_at_ms: Option<u64>) -> Vec<u8> {
+        [&expires_at_ms.unwrap_or(0).to_be_bytes()[..], &hex_of(id)[..]].concat()
+    }
+
     #[test]
     fn keys_and_members_name_the_id() {
         let layout = Layout::new("p:*", true);
@@ -435,7 +448,8 @@ mod tests {
         {
             assert_eq!(layout.id(other.as_bytes()), None, "{other}");
         }
-        assert_eq!(layout.unknown(0x0a), b"p:*:{0a}:unknown");
+        assert_eq!(layout.set(Listed::Unknown, 0x0a), b"p:*:{0a}:unknown");
+        assert_eq!(layout.set(Listed::Claimed, 0x0a), b"p:*:{0a}:claimed");
         assert_eq!(layout.setting("secret"), b"p:*:{00}:setting:secret");
         assert!(layout.pattern().starts_with(b"p:\\*:{??}:????"));
         assert_eq!(read_member(&member(ID, Some(7))), Some((Some(7), ID)));

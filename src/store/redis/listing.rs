@@ -1,10 +1,10 @@
-//! Listing: with `SCAN`, whose cursor outlives both ends, or by the index of unknown entries.
+//! Listing: with `SCAN`, whose cursor outlives both ends, or by the index of claimed and unknown entries.
 
-use super::layout::{Layout, Request, bucket_of, read_member};
+use super::layout::{Layout, Listed, Request, bucket_of, read_member};
 use super::resp::Reply;
 use super::upkeep::scored;
 use super::{Core, reply_of};
-use crate::store::{Entry, OLDEST_TRACKED, Page, RecordId, StoreError, Tag};
+use crate::store::{Entry, Page, RecordId, StoreError, Tag};
 use bytes::Bytes;
 
 /// Keys that one `SCAN` looks at, at most.
@@ -17,7 +17,7 @@ const STEP_MAX: usize = 2 << 20;
 const BUCKETS: u8 = 64;
 /// Entries that one call of `list` looks at, at most.
 const VISIT_MAX: usize = 4096;
-/// A cursor of the index of unknown entries: the bucket in the highest byte, the time of the last one seen below.
+/// A cursor of the index: the bucket in the highest byte, the time of the last one seen below.
 const TIME_BITS: u32 = 56;
 /// A cursor of `SCAN`: the first bucket of the node in the highest byte (a single server: 0), its own cursor below, of which
 /// it uses as many bits as its table has, and fourteen more in a cluster.
@@ -27,10 +27,9 @@ const CURSOR: u64 = (1 << NODE_BITS) - 1;
 impl Core {
     pub(super) async fn list(&self, tag: Option<Tag>, after: u64, visit: usize) -> Result<Page, StoreError> {
         let visit = visit.clamp(1, VISIT_MAX);
-        if tag == Some(OLDEST_TRACKED) {
-            self.list_unknown(after, visit).await
-        } else {
-            self.scan(tag, after, visit).await
+        match tag.and_then(Listed::of) {
+            Some(listed) => self.list_by_index(listed, after, visit).await,
+            None => self.scan(tag, after, visit).await,
         }
     }
 
@@ -116,13 +115,13 @@ impl Core {
         Ok(())
     }
 
-    async fn list_unknown(&self, after: u64, visit: usize) -> Result<Page, StoreError> {
+    async fn list_by_index(&self, listed: Listed, after: u64, visit: usize) -> Result<Page, StoreError> {
         let (mut bucket, mut time) = ((after >> TIME_BITS) as u8, after & ((1 << TIME_BITS) - 1));
         let mut found: Vec<(u8, u64, RecordId)> = Vec::new();
         let (mut ended, mut more) = (false, false);
         while found.len() < visit && !ended {
             let last = bucket.saturating_add(BUCKETS - 1);
-            for (bucket, members) in self.members(bucket..=last, time, visit).await? {
+            for (bucket, members) in self.members(listed, bucket..=last, time, visit).await? {
                 more |= members.len() >= visit;
                 found.extend(members.into_iter().map(|(time, id)| (bucket, time, id)));
             }
@@ -146,7 +145,7 @@ impl Core {
             wanted.extend(group.iter().map(|(.., id)| *id));
             page.next = group.first().map(|(bucket, time, _)| (u64::from(*bucket) << TIME_BITS) | time);
         }
-        self.fetch(wanted, Some(OLDEST_TRACKED), &mut page.entries).await?;
+        self.fetch(wanted, Some(listed.tag()), &mut page.entries).await?;
         if used == found.len() && !more {
             page.next = next;
         }
@@ -167,6 +166,7 @@ impl Core {
     /// and those of the same time as the last.
     async fn members(
         &self,
+        listed: Listed,
         buckets: std::ops::RangeInclusive<u8>,
         time: u64,
         max: usize,
@@ -174,7 +174,7 @@ impl Core {
         let (first, limit) = (*buckets.start(), max.to_string());
         let after = format!("({time}");
         let ask = |bucket: u8, from: &str, to: &str, limit: Option<&str>| {
-            let set = self.common.layout.unknown(bucket);
+            let set = self.common.layout.set(listed, bucket);
             let mut command: Vec<&[u8]> = vec![b"ZRANGE", &set, from.as_bytes(), to.as_bytes(), b"BYSCORE"];
             if let Some(limit) = limit {
                 command.extend([&b"LIMIT"[..], b"0", limit.as_bytes()]);

@@ -37,3 +37,18 @@ fn an_operator_takes_a_lapsed_claim_for_what_it_counts_as() {
         assert_eq!(step(&LEASED, NOW, Some(&forgotten), &event), Step::keep(Decision::NotFound));
     }
 }
+
+#[test]
+fn whoever_finds_a_lapsed_claim_makes_it_unknown_and_leaves_all_else_alone() {
+    for until in [10_000, 9_999, 3_001] {
+        let found = step(&LEASED, NOW, Some(&record(claimed(Some(until)))), &Event::Lapse);
+        assert_eq!(found, put(record(unknown_since(until, Why::Lease, until + 7_000)), Decision::Settled));
+    }
+    let others = [claimed(None), claimed(Some(10_001)), completed(10_001), unknown_since(1, Why::Reset, 10_001)];
+    // The last would have been forgotten by now.
+    for state in others.into_iter().chain([claimed(Some(3_000))]) {
+        let left = step(&LEASED, NOW, Some(&record(state)), &Event::Lapse);
+        assert_eq!(left, Step::keep(Decision::Superseded));
+    }
+    assert_eq!(step(&LEASED, NOW, None, &Event::Lapse), Step::keep(Decision::Superseded));
+}
