@@ -6,10 +6,10 @@ use super::exchange::{self, Failure};
 use super::queue::{Answer, Batch, Fate, Op, Param, State, Work, unavailable};
 use crate::store::shared::{ANOTHER, OpenError};
 use crate::store::{StoreError, StoreTime};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::{Notify, Semaphore, oneshot, watch};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tokio_postgres::Row;
 
@@ -19,11 +19,6 @@ const CONNECTIONS: usize = 3;
 const HEARTBEAT: Duration = Duration::from_secs(5);
 /// Before what another transaction was in the way of is sent again.
 const AGAIN: Duration = Duration::from_millis(2);
-/// Connections that were given up while the server was at something, and may be still: no more are made before one of them is
-/// through. A commit that waits for a standby which does not come would otherwise take one of the server's for each attempt.
-const ABANDONED_MAX: usize = 4;
-/// Who has said nothing for so long says nothing more: there is something else in between.
-const ABANDONED_FOR: Duration = Duration::from_secs(600);
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 
@@ -47,8 +42,6 @@ pub(super) struct Driver {
     gate: tokio::sync::Mutex<Backoff>,
     /// Attempts in a row that came to no end.
     stalls: AtomicU32,
-    /// One for each that may still be abandoned.
-    abandoned: Arc<Semaphore>,
 }
 
 /// A connection that takes part, and since when.
@@ -56,8 +49,6 @@ struct Link {
     connection: Connection,
     generation: u64,
     live: Live,
-    /// It was given up before it had answered.
-    stalled: AtomicBool,
 }
 
 /// Counts among the open connections.
@@ -95,7 +86,6 @@ impl Driver {
             closed: watch::Sender::new(false),
             gate: tokio::sync::Mutex::new(Backoff(BACKOFF_MIN)),
             stalls: AtomicU32::new(0),
-            abandoned: Arc::new(Semaphore::new(ABANDONED_MAX)),
         });
         let mut first = Some(driver.link(first, 0));
         for _ in 0..CONNECTIONS {
@@ -149,7 +139,7 @@ impl Driver {
             tracing::info!(place = %self.connector.place, "the store can be reached again");
         }
         drop(state);
-        Link { connection, generation, live: Live(Arc::clone(self)), stalled: AtomicBool::new(false) }
+        Link { connection, generation, live: Live(Arc::clone(self)) }
     }
 
     async fn work(self: Arc<Self>, mut link: Option<Link>) {
@@ -159,46 +149,19 @@ impl Driver {
             }
             let Some(connected) = link.take() else { break };
             let ended = self.serve(&connected).await;
-            let Link { connection, live, stalled, .. } = connected;
+            let Link { connection, live, .. } = connected;
             drop(live);
             let Some(reason) = ended else {
                 connection.end().await;
                 break;
             };
             tracing::debug!(place = %self.connector.place, reason, "a connection to the store has ended");
-            if stalled.into_inner() {
-                self.abandon(connection).await;
-            }
         }
         let mut state = self.state();
         // The last one turns out the light.
         if state.live == 0 {
             state.refuse_all();
         }
-    }
-
-    /// Leaves a connection on which the server is still at something until it is through. Waits while there are too many of them.
-    async fn abandon(&self, connection: Connection) {
-        let free = Arc::clone(&self.abandoned).try_acquire_owned();
-        let permit = match free {
-            Ok(permit) => permit,
-            Err(_) => {
-                self.not_reached(&self.connector.unreachable("it comes to no end with what was begun"));
-                tokio::select! {
-                    permit = Arc::clone(&self.abandoned).acquire_owned() => match permit {
-                        Ok(permit) => permit,
-                        Err(_) => return,
-                    },
-                    _ = connection.client.check_connection() => return,
-                    () = self.is_closed() => return,
-                }
-            }
-        };
-        tokio::spawn(async move {
-            // Answered after what was begun.
-            let _ = timeout(ABANDONED_FOR, connection.client.check_connection()).await;
-            drop(permit);
-        });
     }
 
     /// A new connection, sooner or later; `None`: the store was closed.
@@ -339,7 +302,6 @@ impl Driver {
             }
             Err(_) => {
                 self.stalls.fetch_add(1, Ordering::Relaxed);
-                link.stalled.store(true, Ordering::Relaxed);
                 if !is_query {
                     self.state().generation += 1;
                 }
