@@ -334,7 +334,8 @@ impl Pooler {
 
 impl Drop for Pooler {
     fn drop(&mut self) {
-        let _ = kill_process(self.process, Signal::QUIT);
+        // It has nothing to lose, and other signals let it wait for its clients.
+        let _ = kill_process(self.process, Signal::KILL);
         eventually("the pooler has ended", || !exists(self.process));
     }
 }
