@@ -54,7 +54,6 @@ suite_in_postgres!(
     swaps_only_what_was_expected,
     versions_never_repeat,
     one_of_many_wins,
-    a_chain_of_swaps_loses_none,
     a_dropped_future_does_not_lose_the_write,
     settings_are_kept,
     values_of_all_sizes,
