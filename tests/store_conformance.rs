@@ -132,6 +132,8 @@ async fn swaps_only_what_was_expected(backend: impl Backend) {
     let wrong = Some(Version(v1.0 + 1000));
     let swap = store.compare_and_swap(id(1), wrong, None, 11, Urgency::Settle).await.unwrap();
     assert_eq!(swap, Swap::Conflict(Some(held.clone())));
+    let swap = store.compare_and_swap(id(1), wrong, Some(other.clone()), 11, Urgency::Settle).await.unwrap();
+    assert_eq!(swap, Swap::Conflict(Some(held.clone())));
     let swap = store.compare_and_swap(id(2), Some(v1), Some(other.clone()), 11, Urgency::Claim).await.unwrap();
     assert_eq!(swap, Swap::Conflict(None));
     assert_eq!(store.get(id(1)).await.unwrap(), Some(held));

@@ -328,6 +328,19 @@ async fn after_its_retention_a_key_is_new() {
 }
 
 #[tokio::test]
+async fn the_store_is_told_when_it_may_drop_a_record_and_never_a_claim() {
+    let bench = bench();
+    let expiry = || bench.store.state.lock().unwrap().entries[&ID].value.expires_at_ms;
+    let claimed = claim(&bench.ledger).await;
+    assert_eq!(expiry(), None);
+    claimed.settle(response("one"), None).await.unwrap();
+    assert_eq!(expiry(), Some(START.0 + 10_000));
+    bench.clock.advance(10_000);
+    claim(&bench.ledger).await.settle(Outcome::Unknown(Why::Abandoned), None).await.unwrap();
+    assert_eq!(expiry(), Some(START.0 + 10_000 + 50_000));
+}
+
+#[tokio::test]
 async fn waiters_share_the_settled_record_and_their_number_is_bounded() {
     let bench = bench();
     let claim = claim(&bench.ledger).await;

@@ -14,20 +14,20 @@ async fn a_write_whose_answer_was_lost_is_known_again() {
     let Some(server) = &*SERVER else { return };
     let proxy = Proxy::start(server.port).await;
     let store = open(&options(proxy.url(), MS(20_000))).await;
-    let before = proxy.accepted();
+    let (before, write) = (proxy.accepted(), Way::CutNextAnswerTo("_swap_1($1"));
 
-    proxy.set(Way::CutNextAnswer);
+    proxy.set(write);
     let claimed = put(&store, id(1), None, value(CLAIMED, None, "claim")).await;
     proxy.until(Way::Open).await;
     assert_eq!(store.get(id(1)).await.unwrap().unwrap().version, claimed, "told the version of the write that landed");
 
-    proxy.set(Way::CutNextAnswer);
+    proxy.set(write);
     let settled = put(&store, id(1), Some(claimed), value(COMPLETED, Some(1 << 50), "settled")).await;
     proxy.until(Way::Open).await;
     assert!(settled > claimed);
     assert_eq!(store.get(id(1)).await.unwrap().unwrap().version, settled);
 
-    proxy.set(Way::CutNextAnswer);
+    proxy.set(write);
     assert!(matches!(swap(&store, id(1), Some(settled), None).await.unwrap(), Swap::Done(v) if v > settled));
     proxy.until(Way::Open).await;
     assert_eq!(store.get(id(1)).await.unwrap(), None);
@@ -35,17 +35,17 @@ async fn a_write_whose_answer_was_lost_is_known_again() {
 
     // A conflict stays one, for it is somebody else's.
     let others = put(&store, id(2), None, value(CLAIMED, None, "another's")).await;
-    proxy.set(Way::CutNextAnswer);
+    proxy.set(write);
     let conflict = swap(&store, id(2), None, Some(value(CLAIMED, None, "mine"))).await.unwrap();
     proxy.until(Way::Open).await;
     assert!(matches!(conflict, Swap::Conflict(Some(Entry { version, .. })) if version == others));
 
     // Settings and looks, too.
-    proxy.set(Way::CutNextAnswer);
+    proxy.set(Way::CutNextAnswerTo("RETURNING 1"));
     assert!(store.swap_setting("secret", None, b"x").await.unwrap());
     proxy.until(Way::Open).await;
     assert!(!store.swap_setting("secret", None, b"y").await.unwrap());
-    proxy.set(Way::CutNextAnswer);
+    proxy.set(Way::CutNextAnswerTo("_get_1($1"));
     assert_eq!(store.get(id(2)).await.unwrap().unwrap().version, others);
     proxy.until(Way::Open).await;
     assert_eq!(store.status().health, Health::Ok);

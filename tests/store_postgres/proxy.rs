@@ -12,6 +12,8 @@ pub enum Way {
     Open,
     /// The next answer does not arrive: the connection is cut instead, and the way is open again.
     CutNextAnswer,
+    /// As above, of an answer to what contains this: not of any to a connection that is being made.
+    CutNextAnswerTo(&'static str),
     /// Answers are kept back, connections stay.
     NoAnswers,
     /// Nobody is let in, and whoever is in is thrown out.
@@ -64,17 +66,25 @@ async fn carry(mut client: TcpStream, server: u16, way: watch::Sender<Way>) -> O
     let mut server = TcpStream::connect(("127.0.0.1", server)).await.ok()?;
     let (mut ways, mut held) = (way.subscribe(), way.subscribe());
     let (mut to, mut from) = (vec![0; 1 << 16], vec![0; 1 << 16]);
+    let mut asked = Vec::new();
     loop {
         tokio::select! {
             read = client.read(&mut to) => match read.ok()? {
                 0 => return None,
-                n => server.write_all(&to[..n]).await.ok()?,
+                n => {
+                    asked = to[..n].to_vec();
+                    server.write_all(&asked).await.ok()?;
+                }
             },
             read = server.read(&mut from) => {
                 let n = read.ok().filter(|n| *n > 0)?;
                 let mut cut = false;
                 way.send_if_modified(|way| {
-                    cut = *way == Way::CutNextAnswer;
+                    cut = match *way {
+                        Way::CutNextAnswer => true,
+                        Way::CutNextAnswerTo(word) => asked.windows(word.len()).any(|window| window == word.as_bytes()),
+                        _ => false,
+                    };
                     if cut {
                         *way = Way::Open;
                     }

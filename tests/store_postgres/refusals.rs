@@ -92,6 +92,63 @@ async fn strict_refuses_what_may_lose_acknowledged_writes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_became_lax_is_noticed_before_anything_is_written_on_a_new_connection() {
+    let Some(server) = Server::start(&[]) else { return };
+    let session = session(&server.url()).await;
+    let store = open(&options(server.url(), MS(5000))).await;
+    put(&store, id(1), None, value(CLAIMED, None, "claim")).await;
+    session.batch_execute("ALTER SYSTEM SET fsync = off").await.unwrap();
+    session.batch_execute("SELECT pg_reload_conf()").await.unwrap();
+    until("it is set", async || session.query_one("SHOW fsync", &[]).await.unwrap().get::<_, String>(0) == "off").await;
+    let ours = "FROM pg_stat_activity WHERE application_name = 'oncegate'";
+    let old = session.query(&format!("SELECT pid, pg_terminate_backend(pid) {ours}"), &[]).await.unwrap();
+    let old: Vec<i32> = old.iter().map(|row| row.get(0)).collect();
+    assert!(!old.is_empty());
+    until("its connections have ended", async || {
+        let left = session.query(&format!("SELECT {ours} AND pid = ANY ($1)"), &[&old]).await;
+        left.unwrap().is_empty()
+    })
+    .await;
+    until("it is refused for that", async || {
+        match swap(&store, id(2), None, Some(value(CLAIMED, None, "claim"))).await {
+            Err(StoreError::Unavailable { reason, .. }) => reason.contains("fsync"),
+            other => panic!("{other:?}"),
+        }
+    })
+    .await;
+    assert_eq!(store.status().health, Health::Unreachable);
+    session.batch_execute("ALTER SYSTEM RESET fsync").await.unwrap();
+    session.batch_execute("SELECT pg_reload_conf()").await.unwrap();
+    until_health(&store, Health::Ok).await;
+    assert_eq!(store.get(id(2)).await.unwrap(), None);
+}
+
+/// As a connection pool in transaction mode may hand them out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sessions_that_somebody_left_lax_commit_durably_all_the_same() {
+    let Some(server) = &*SERVER else { return };
+    let options = options(server.url(), MS(20_000));
+    let store = open(&options).await;
+    let (session, prefix) = (session(&server.url()).await, &options.prefix);
+    // Notes how each write is committed, and leaves its session in that state.
+    let trigger = format!(
+        "CREATE TABLE {prefix}_seen (setting text); \
+         CREATE FUNCTION {prefix}_loosen() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+         INSERT INTO {prefix}_seen VALUES (current_setting('synchronous_commit')); \
+         PERFORM set_config('synchronous_commit', 'off', false); RETURN NULL; END $$; \
+         CREATE TRIGGER loosen AFTER INSERT ON {prefix}_records FOR EACH ROW EXECUTE FUNCTION {prefix}_loosen()"
+    );
+    session.batch_execute(&trigger).await.unwrap();
+    // More than there are connections.
+    for n in 0..20 {
+        put(&store, id(n), None, value(CLAIMED, None, "claim")).await;
+    }
+    let seen = session.query(&format!("SELECT setting, count(*) FROM {prefix}_seen GROUP BY 1"), &[]).await.unwrap();
+    let seen: Vec<(String, i64)> = seen.iter().map(|row| (row.get(0), row.get(1))).collect();
+    assert_eq!(seen, [("on".to_owned(), 20)]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tables_are_made_once_by_whoever_may() {
     let Some(server) = &*SERVER else { return };
     let session = session(&server.url()).await;

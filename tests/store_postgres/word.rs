@@ -86,3 +86,24 @@ async fn what_was_settled_before_the_mark_wakes_at_once() {
     .await;
     drop(first);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_listener_that_was_cut_off_listens_again() {
+    let Some(server) = &*SERVER else { return };
+    let options = options(server.url(), MS(20_000));
+    let store = open(&options).await;
+    let session = session(&server.url()).await;
+    let version = put(&store, id(1), None, value(CLAIMED, None, "claim")).await;
+    let _watch = store.watch(id(1));
+    let sql = format!("SELECT pid FROM pg_stat_activity WHERE query = 'LISTEN {}_settled'", options.prefix);
+    let listener = async || session.query_opt(&sql, &[]).await.unwrap().map(|row| row.get::<_, i32>(0));
+    until("it listens", async || listener().await.is_some()).await;
+    let first = listener().await;
+    session.query("SELECT pg_terminate_backend($1)", &[&first]).await.unwrap();
+    until("it listens again", async || listener().await.is_some_and(|pid| Some(pid) != first)).await;
+    // One that begins to be waited for now is marked as before.
+    put(&store, id(2), None, value(CLAIMED, None, "claim")).await;
+    let _other = store.watch(id(2));
+    until("it is marked", async || is_marked(&session, &options.prefix, id(2)).await).await;
+    put(&store, id(1), Some(version), value(COMPLETED, Some(1 << 50), "settled")).await;
+}

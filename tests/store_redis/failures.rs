@@ -86,6 +86,67 @@ async fn an_answer_that_stays_lost_is_told_with_the_time_when_the_write_can_land
     assert_eq!(store.get(id(1)).await.unwrap().unwrap().value, value(CLAIMED, "claim"), "it has landed");
 }
 
+#[tokio::test]
+async fn a_write_whose_answer_is_lost_waits_for_the_next_connection_to_tell() {
+    if !installed() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let proxy = Proxy::start(server.port, b"EVAL").await;
+    let store = Arc::new(open(&proxy.url()).await);
+    put(&store, 100, None, value(CLAIMED, "so that the scripts are known")).await;
+    proxy.refuse(true);
+    proxy.lose(1);
+    let writes = store.clone();
+    let writing = tokio::spawn(async move { swap(&writes, 1, None, Some(value(CLAIMED, "claim"))).await });
+    until("it was tried in vain", async || proxy.refused() > 1).await;
+    assert!(!writing.is_finished());
+    proxy.refuse(false);
+    let claimed = writing.await.unwrap().unwrap();
+    assert!(matches!(claimed, Swap::Done(_)), "{claimed:?}");
+}
+
+#[tokio::test]
+async fn a_second_try_that_is_refused_leaves_it_open_whether_the_first_has_landed() {
+    if !installed() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let proxy = Proxy::start(server.port, b"EVAL").await;
+    let store = Arc::new(open(&proxy.url()).await);
+    put(&store, 100, None, value(CLAIMED, "so that the scripts are known")).await;
+    proxy.refuse(true);
+    proxy.lose(1);
+    let writes = store.clone();
+    let writing = tokio::spawn(async move { swap(&writes, 1, None, Some(value(CLAIMED, "claim"))).await });
+    until("it has landed", async || proxy.lost() == 1).await;
+    let mut client = server.client();
+    client.ask(&["ACL", "SETUSER", "default", "-set"]);
+    proxy.refuse(false);
+    let refused = writing.await.unwrap();
+    let Err(StoreError::Unavailable { may_land_until_ms: Some(_), reason }) = &refused else { panic!("{refused:?}") };
+    assert!(!reason.contains("no answer"), "the server has said it: {reason}");
+    client.ask(&["ACL", "SETUSER", "default", "+set"]);
+    assert!(store.get(id(1)).await.unwrap().is_some(), "it has landed");
+}
+
+/// The connection moves all the time, so it is not given up.
+#[tokio::test]
+async fn a_write_whose_answer_trickles_in_too_slowly_may_have_landed() {
+    if !installed() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let proxy = Proxy::start(server.port, b"EVAL").await;
+    let store = open_hasty(&proxy.url(), 400).await;
+    put(&store, 100, None, value(CLAIMED, "so that the scripts are known")).await;
+    proxy.trickle(60);
+    let claim = swap(&store, 1, None, Some(value(CLAIMED, "claim"))).await;
+    assert!(matches!(claim, Err(StoreError::Unavailable { may_land_until_ms: Some(_), .. })), "{claim:?}");
+    proxy.trickle(0);
+    until("it is found", async || store.get(id(1)).await.is_ok_and(|found| found.is_some())).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_acknowledged_survives_a_kill_and_the_store_comes_back_by_itself() {
     if !installed() {

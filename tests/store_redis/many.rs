@@ -5,6 +5,10 @@ use oncegate::store::Page;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use servers::{Sentinel, Value as Reply};
 use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_by_sentinels_is_followed() {
@@ -46,6 +50,49 @@ async fn a_failover_by_sentinels_is_followed() {
     .await;
     assert!(matches!(found, Some(Swap::Done(_))), "its own write, which had landed: {found:?}");
     drop(sentinel);
+}
+
+/// Names whatever server it is told to, as a sentinel that has heard of a failover too late, or too early.
+fn misinformed_sentinel(named: &Arc<AtomicU16>) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (port, named) = (listener.local_addr().unwrap().port(), Arc::clone(named));
+    std::thread::spawn(move || {
+        for mut client in listener.incoming().map_while(Result::ok) {
+            let (mut question, mut piece) = (Vec::new(), [0; 1024]);
+            while !question.ends_with(b"main\r\n") {
+                match client.read(&mut piece) {
+                    Ok(len) if len > 0 => question.extend_from_slice(&piece[..len]),
+                    _ => break,
+                }
+            }
+            let port = named.load(Ordering::SeqCst).to_string();
+            let _ = write!(client, "*2\r\n$9\r\n127.0.0.1\r\n${}\r\n{port}\r\n", port.len());
+        }
+    });
+    port
+}
+
+#[tokio::test]
+async fn whom_a_sentinel_names_is_asked_whether_it_is_the_master() {
+    if !installed() {
+        return;
+    }
+    let master = Server::start(&[]);
+    let replica = master.replica();
+    let named = Arc::new(AtomicU16::new(replica.port));
+    let url = format!("redis+sentinel://127.0.0.1:{}/main", misinformed_sentinel(&named));
+    let error = error(&options(&url)).await;
+    assert!(matches!(&error, OpenError::Unreachable { reason, .. } if reason.contains("replica")), "{error}");
+    named.store(master.port, Ordering::SeqCst);
+    let store = open_hasty(&url, 1000).await;
+    let version = put(&store, 1, None, value(CLAIMED, "claim")).await;
+    named.store(replica.port, Ordering::SeqCst);
+    master.client().ask(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
+    until("it is not the master", async || store.status().health == Health::Unreachable).await;
+    assert!(store.get(id(1)).await.is_err(), "what a replica holds may be old");
+    named.store(master.port, Ordering::SeqCst);
+    until("it is found again", async || store.status().health == Health::Ok).await;
+    put(&store, 1, Some(version), value(COMPLETED, "done")).await;
 }
 
 #[tokio::test]
@@ -161,6 +208,16 @@ async fn a_cluster_is_one_store() {
     let version = put(&store, bucket, Some(held.version), value(COMPLETED, "moved")).await;
     assert_eq!(store.get(id(bucket)).await.unwrap().unwrap().version, version);
     assert_eq!(nodes[1].client().ask(&["EXISTS", &key(bucket)]), Reply::Int(1));
+    let redirected = || {
+        let stats = nodes[0].client().ask(&["INFO", "errorstats"]).text();
+        stats.lines().find_map(|line| line.strip_prefix("errorstat_MOVED:")).unwrap_or_default().to_owned()
+    };
+    until("the right one is asked at once", async || {
+        let before = redirected();
+        store.get(id(bucket)).await.unwrap();
+        redirected() == before
+    })
+    .await;
 
     // One that dies takes its part along; the others go on, until the cluster itself says no. Not the one with the birthmark: it
     // comes back empty.
@@ -221,6 +278,35 @@ async fn a_strict_cluster_is_given_up_while_it_has_replicas() {
     })
     .await;
     assert!(store.get(self::id(bucket)).await.unwrap().is_some());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strict_takes_a_cluster_only_whose_nodes_all_sync_and_have_no_replicas() {
+    if !installed() {
+        return;
+    }
+    let nodes = Server::cluster(&[]);
+    let strict = Options { strict: true, ..options(&format!("redis+cluster://127.0.0.1:{}", nodes[0].port)) };
+    let refused_for = async |name: &str| match Redis::open(&strict).await {
+        Err(OpenError::NotStrict { reason, .. }) => reason.contains(name),
+        _ => false,
+    };
+    for node in &nodes {
+        assert!(refused_for("appendonly").await, "as long as there is one such");
+        node.client().ask(&["CONFIG", "SET", "appendonly", "yes"]);
+        node.client().ask(&["CONFIG", "SET", "appendfsync", "always"]);
+    }
+    put(&Redis::open(&strict).await.unwrap(), 1, None, value(CLAIMED, "claim")).await;
+    let replica = Server::node(&[]);
+    replica.client().ask(&["CLUSTER", "MEET", "127.0.0.1", &nodes[0].port.to_string()]);
+    let master = nodes[0].client().ask(&["CLUSTER", "MYID"]).text();
+    until("it knows its master", async || {
+        let told = replica.client().try_ask(&["CLUSTER", "REPLICATE", &master]).unwrap();
+        !matches!(told, Reply::Error(_))
+    })
+    .await;
+    until("a failover could lose something", async || refused_for("replicas").await).await;
+    drop(open(&strict.url).await);
 }
 
 struct Authority(CertifiedIssuer<'static, KeyPair>);

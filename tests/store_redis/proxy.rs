@@ -2,7 +2,8 @@
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -12,6 +13,9 @@ pub(super) struct Proxy {
     losses: Arc<AtomicUsize>,
     lost: Arc<AtomicUsize>,
     admits: watch::Sender<bool>,
+    trickle_ms: Arc<AtomicU64>,
+    refuses: Arc<AtomicBool>,
+    refused: Arc<AtomicUsize>,
 }
 
 impl Proxy {
@@ -20,17 +24,26 @@ impl Proxy {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let (losses, lost) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let trickle_ms = Arc::new(AtomicU64::new(0));
+        let (to_lose, count, trickle) = (losses.clone(), lost.clone(), trickle_ms.clone());
+        let (refuses, refused) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let (shut, turned_away) = (refuses.clone(), refused.clone());
         let admits = watch::Sender::new(true);
-        let (to_lose, count, mut admitted) = (losses.clone(), lost.clone(), admits.subscribe());
+        let mut admitted = admits.subscribe();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
+                if shut.load(Ordering::SeqCst) {
+                    turned_away.fetch_add(1, Ordering::SeqCst);
+                    continue;
+                }
                 if admitted.wait_for(|admitted| *admitted).await.is_err() {
                     return;
                 }
-                tokio::spawn(relay(client, server, word, to_lose.clone(), count.clone()));
+                let faults = (to_lose.clone(), count.clone(), trickle.clone());
+                tokio::spawn(relay(client, server, word, faults));
             }
         });
-        Self { port, losses, lost, admits }
+        Self { port, losses, lost, admits, trickle_ms, refuses, refused }
     }
 
     /// Whether new connections get through; otherwise they wait.
@@ -47,12 +60,29 @@ impl Proxy {
         self.losses.store(answers, Ordering::SeqCst);
     }
 
+    /// Takes no more connections; those that stand go on.
+    pub(super) fn refuse(&self, refuses: bool) {
+        self.refuses.store(refuses, Ordering::SeqCst);
+    }
+
+    /// How many connections it has not taken.
+    pub(super) fn refused(&self) -> usize {
+        self.refused.load(Ordering::SeqCst)
+    }
+
+    /// From now on each byte of an answer takes so many milliseconds.
+    pub(super) fn trickle(&self, ms: u64) {
+        self.trickle_ms.store(ms, Ordering::SeqCst);
+    }
+
     pub(super) fn lost(&self) -> usize {
         self.lost.load(Ordering::SeqCst)
     }
 }
 
-async fn relay(mut client: TcpStream, server: u16, word: &[u8], losses: Arc<AtomicUsize>, lost: Arc<AtomicUsize>) {
+type Faults = (Arc<AtomicUsize>, Arc<AtomicUsize>, Arc<AtomicU64>);
+
+async fn relay(mut client: TcpStream, server: u16, word: &[u8], (losses, lost, trickle_ms): Faults) {
     let Ok(mut server) = TcpStream::connect((Ipv4Addr::LOCALHOST, server)).await else { return };
     let (mut from_client, mut from_server) = (vec![0; 1 << 16], vec![0; 1 << 16]);
     let mut loses = false;
@@ -75,8 +105,15 @@ async fn relay(mut client: TcpStream, server: u16, word: &[u8], losses: Arc<Atom
                     lost.fetch_add(1, Ordering::SeqCst);
                     return;
                 }
-                if client.write_all(bytes).await.is_err() {
-                    return;
+                let mut rest = bytes;
+                while !rest.is_empty() {
+                    let ms = trickle_ms.load(Ordering::SeqCst);
+                    let (now, later) = rest.split_at(if ms > 0 { 1 } else { rest.len() });
+                    tokio::time::sleep(Duration::from_millis(ms)).await;
+                    if client.write_all(now).await.is_err() {
+                        return;
+                    }
+                    rest = later;
                 }
             }
         }

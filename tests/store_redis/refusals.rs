@@ -49,6 +49,16 @@ async fn a_server_that_evicts_is_refused_in_any_case() {
         let strict = error(&Options { strict: true, ..options(&server.url()) }).await;
         assert!(matches!(&strict, OpenError::NotStrict { reason, .. } if reason.contains(policy)), "{strict}");
     }
+    // One that was told to evict meanwhile is noticed when it is connected to again.
+    let server = Server::start(&[]);
+    let store = open(&server.url()).await;
+    let mut client = server.client();
+    client.ask(&["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"]);
+    client.ask(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
+    until("it is not trusted any more", async || store.status().health == Health::Unreachable).await;
+    assert!(swap(&store, 1, None, Some(value(CLAIMED, "claim"))).await.is_err());
+    client.ask(&["CONFIG", "SET", "maxmemory-policy", "noeviction"]);
+    until("it is trusted again", async || store.status().health == Health::Ok).await;
 }
 
 #[tokio::test]

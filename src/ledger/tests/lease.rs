@@ -138,6 +138,19 @@ async fn the_wait_for_another_gateway_ends_at_its_deadline_and_with_a_freed_key(
     claimed(&fleet.b).await.settle(response("two"), None).await.unwrap();
 }
 
+#[tokio::test(start_paused = true)]
+async fn the_wait_for_another_gateway_ends_with_its_lease() {
+    let fleet = fleet();
+    let claim = claimed(&fleet.a).await;
+    let waits = tokio::spawn(elsewhere(&fleet.b).await.settled(soon()));
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    assert!(!waits.is_finished());
+    fleet.clock.advance(LEASE_MS);
+    assert!(matches!(waits.await.unwrap(), Ok(Settlement::Again)), "long before the deadline");
+    assert!(matches!(store_answer(&fleet.b).await, Answer::OutcomeUnknown));
+    drop(claim);
+}
+
 #[tokio::test]
 async fn a_lapsed_claim_is_unknown_and_its_holder_may_still_settle_it() {
     let fleet = fleet();
@@ -225,6 +238,46 @@ async fn a_lease_that_somebody_took_for_lapsed_is_lost() {
     // Unsent, so not executed: its holder knows.
     claim.settle(Outcome::NotExecuted(Evidence::ThisSend), None).await.unwrap();
     assert_eq!(fleet.record(), None);
+}
+
+/// As where the store's clock was set forward: by its owner's own count the lease has only begun.
+#[tokio::test]
+async fn a_lease_that_somebody_took_for_lapsed_is_lost_however_young_its_owner_believes_it() {
+    let fleet = fleet();
+    let claim = claimed(&fleet.a).await;
+    let ahead = restart(&fleet.store, &Clock::mock(START.plus(LEASE_MS)));
+    assert!(matches!(store_answer(&ahead).await, Answer::OutcomeUnknown));
+    fleet.clock.advance(LEASE_MS / 3);
+    assert!(claim.may_send());
+    fleet.a.renew_leases();
+    fleet.until("told that it is lost", |_| !claim.may_send()).await;
+}
+
+#[tokio::test]
+async fn a_lease_counts_from_before_its_write_was_sent() {
+    let fleet = fleet();
+    let held_up = fleet.store.held_up.lock().await;
+    let a = fleet.a.clone();
+    let claiming = tokio::spawn(async move { claimed(&a).await });
+    fleet.store.arrived.notified().await;
+    fleet.clock.advance(LEASE_MS / 3 * 2);
+    drop(held_up);
+    let claim = claiming.await.unwrap();
+    assert!(!claim.may_send(), "the answer was long on its way");
+    let before = fleet.entry().unwrap().version;
+    let held_up = fleet.store.held_up.lock().await;
+    fleet.a.renew_leases();
+    let sent = tokio::time::timeout(Duration::from_secs(10), fleet.store.arrived.notified());
+    sent.await.expect("its renewal is sent");
+    fleet.clock.advance(LEASE_MS / 3 * 2);
+    drop(held_up);
+    fleet.until("renewed", |fleet| fleet.entry().unwrap().version != before).await;
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+        assert!(!claim.may_send(), "that of its renewal, too");
+    }
+    fleet.a.renew_leases();
+    fleet.until("renewed in time", |_| claim.may_send()).await;
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,6 +1,7 @@
 //! Outcomes that the store does not take at once.
 
 use super::*;
+use tokio::time::Instant;
 
 #[tokio::test]
 async fn a_settle_that_finds_no_room_is_recorded_once_there_is() {
