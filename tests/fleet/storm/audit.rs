@@ -1,10 +1,9 @@
 //! What is left when the storm is over, by the word of every gateway.
 
 use super::history::{Answer, History, classify};
-use super::{BODIES, Storm, Visit};
+use super::{BODIES, GATEWAYS, Storm, Visit};
 use crate::fleet::{LEASE, assert_same};
-use crate::support::{Response, call, eventually, post};
-use std::net::SocketAddr;
+use crate::support::{Client, Response, eventually, post};
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -27,6 +26,12 @@ struct Ends {
     unrecorded: u64,
 }
 
+/// On a connection that stays open: there are many.
+fn ask(gateway: &mut Client, key: &str, body: &str) -> Response {
+    gateway.send(post("/posts", key, body));
+    gateway.read()
+}
+
 impl Storm {
     pub(super) fn audit(&self) {
         self.visits.calm.store(true, Ordering::SeqCst);
@@ -44,8 +49,9 @@ impl Storm {
         thread::scope(|scope| {
             for _ in 0..AUDITORS {
                 scope.spawn(|| {
+                    let mut gateways = addrs.iter().map(|addr| Client::connect(*addr)).collect::<Vec<_>>();
                     while let Some((key, history)) = { keys.lock().unwrap() }.next() {
-                        self.audit_one(&addrs, key, history, &ends);
+                        self.audit_one(&mut gateways, key, history, &ends);
                     }
                 });
             }
@@ -63,11 +69,11 @@ impl Storm {
         assert!(ends.final_ > 0, "there was no load");
     }
 
-    fn audit_one(&self, addrs: &[SocketAddr], key: &str, history: &History, ends: &Mutex<Ends>) {
+    fn audit_one(&self, gateways: &mut [Client], key: &str, history: &History, ends: &Mutex<Ends>) {
         let visited = self.visits.by_key.lock().unwrap().get(key).cloned().unwrap_or_default();
         // Those whose owner has died are in progress for a lease.
-        let first = self.settled(addrs[0], key);
-        let answers = addrs.iter().map(|addr| call(*addr, post("/posts", key, BODIES[self.body_of(key)])));
+        let first = self.settled(&mut gateways[0], key);
+        let answers = gateways.iter_mut().map(|gateway| ask(gateway, key, BODIES[self.body_of(key)]));
         let answers = answers.collect::<Vec<_>>();
         for answer in &answers {
             match classify(&first) {
@@ -79,15 +85,15 @@ impl Storm {
             }
         }
         self.judge(key, history, &visited, &first, &mut ends.lock().unwrap());
-        let other = call(addrs[key.len() % addrs.len()], post("/posts", key, "{\"body\":\"a third\"}"));
+        let other = ask(&mut gateways[key.len() % GATEWAYS], key, "{\"body\":\"a third\"}");
         assert_eq!(classify(&other), Answer::KeyReused, "{key}: {other:?}");
     }
 
     /// What the key says once nobody works on it any more: and that has to come.
-    fn settled(&self, addr: SocketAddr, key: &str) -> Response {
+    fn settled(&self, gateway: &mut Client, key: &str) -> Response {
         let began = Instant::now();
         loop {
-            let answer = call(addr, post("/posts", key, BODIES[self.body_of(key)]));
+            let answer = ask(gateway, key, BODIES[self.body_of(key)]);
             match classify(&answer) {
                 Answer::Final | Answer::Unknown => return answer,
                 Answer::InProgress | Answer::Unavailable if began.elapsed() < LEASE * 3 => {}
