@@ -47,7 +47,7 @@ prepare() {
         if [ -e "$prefix/include/node/node_api.h" ]; then
             export npm_config_nodedir=$prefix
         fi
-        npm ci --no-fund --no-audit --loglevel=error >&2 || give_up "npm ci failed: see above"
+        JOBS=max npm ci --no-fund --no-audit --loglevel=error >&2 || give_up "npm ci failed: see above"
         touch node_modules/.installed
     fi
 

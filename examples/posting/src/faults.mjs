@@ -5,7 +5,7 @@ import { createHash } from 'node:crypto';
 export const FAULTS = ['good', 'slow', 'throttled', 'failing', 'failing-after', 'lost-before', 'lost-after'];
 export const MODES = ['good', 'slow', 'throttled', 'failing', 'lost-before', 'lost-after', 'stormy'];
 
-export const STORM = { 'good': 5, 'slow': 2, 'throttled': 2, 'failing': 1, 'failing-after': 1, 'lost-before': 1, 'lost-after': 1 };
+export const STORM = { 'good': 8, 'slow': 2, 'throttled': 2, 'failing': 1, 'failing-after': 1, 'lost-before': 1, 'lost-after': 1 };
 
 /** A number from 0 to 1 that depends on nothing but its parts: a storm is the same again, in whatever order requests arrive. */
 export function draw(...parts) {

@@ -49,9 +49,12 @@ export function openPosts(file) {
     UPDATE posts SET state = 'publishing', attempts = attempts + 1, doubt = 1
     WHERE id = ? AND state IN ('queued', 'publishing') RETURNING id, platform, accountId, text, attempts`);
 
+  // The write lock is taken at once: a transaction that reads first, and finds that another process has written, would fail.
+  const transaction = (run) => db.transaction(run).immediate;
+
   return {
     /** The post and the note that it has to be enqueued: both or neither. */
-    create: db.transaction(({ owner, workspace, platform, accountId, text, key }) => {
+    create: transaction(({ owner, workspace, platform, accountId, text, key }) => {
       const id = randomUUID();
       const answer = { id, workspace, platform, accountId, text, key, state: 'queued', createdAt: now() };
       insertPost.run({ ...answer, owner, created: JSON.stringify(answer) });
@@ -91,7 +94,7 @@ export function openPosts(file) {
     isOpen: (id) => db.prepare(`SELECT 1 FROM posts WHERE id = ? AND state IN ('queued', 'publishing')`).get(id) !== undefined,
 
     /** Before an attempt is sent. Nothing, if the post is done or deleted. `doubted`: an earlier attempt may have been executed. */
-    begin: db.transaction((id) => {
+    begin: transaction((id) => {
       const doubted = db.prepare(`SELECT doubt FROM posts WHERE id = ?`).get(id)?.doubt === 1;
       const post = begin.get(id);
       return post && { ...post, doubted };

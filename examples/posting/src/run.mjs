@@ -5,7 +5,9 @@ import { Stack } from './stack.mjs';
 
 const directory = resolve(process.env.POSTING_DATA ?? 'data');
 mkdirSync(directory, { recursive: true });
-const stack = new Stack({ directory, env: { worker: { LOCK_MS: '10000' } } });
+// A browser keeps its connection open, and a gateway that drains waits for it: not as long as in production.
+const drain = { ONCEGATE_SERVER__DRAIN_TIMEOUT: '2s' };
+const stack = new Stack({ directory, env: { worker: { LOCK_MS: '10000' }, edge: drain, egress: drain } });
 
 let stopping = false;
 async function stop(code) {

@@ -28,6 +28,18 @@ function backoff(attemptsMade, _type, error) {
 }
 
 async function run(job, token) {
+  try {
+    return await attempt(job, token);
+  } catch (error) {
+    if (error instanceof Later || error instanceof UnrecoverableError || error instanceof DelayedError) throw error;
+    // A fault of our own, a full disk say, is no attempt.
+    console.error(`${job.id}:`, error);
+    await job.moveToDelayed(Date.now() + RETRY, token);
+    throw new DelayedError();
+  }
+}
+
+async function attempt(job, token) {
   const post = posts.begin(job.data.postId);
   if (!post) return 'nothing left to do';
   const outcome = await publish(post, network);
