@@ -27,7 +27,8 @@ prepare() {
     has redis-server || packages+=(redis-server)
     # better-sqlite3 is compiled where its ready-made binary cannot be had.
     if [ ! -e node_modules/.installed ]; then
-        has c++ && has make || packages+=(g++ make)
+        has c++ || packages+=(g++)
+        has make || packages+=(make)
         has python3 || packages+=(python3)
     fi
     packages+=("$@")

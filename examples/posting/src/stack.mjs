@@ -119,7 +119,9 @@ export class Stack {
 
   async attempt(name) {
     const { command, args, env } = await this.plan(name);
-    const settings = { ...process.env, ...env, ...this.env[name] };
+    // A gateway has only the settings that are given to it here.
+    const inherited = Object.entries(process.env).filter(([variable]) => !variable.startsWith('ONCEGATE_'));
+    const settings = { ...Object.fromEntries(inherited), ...env, ...this.env[name] };
     // A group of its own: Ctrl-C reaches `run` alone, and `run` stops the processes in order.
     const child = spawn(command, args, { env: settings, stdio: ['pipe', 'pipe', 'pipe'], detached: true, cwd: this.directory });
     child.stdin.on('error', () => {});
