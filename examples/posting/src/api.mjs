@@ -4,6 +4,7 @@ import { Queue } from 'bullmq';
 import express from 'express';
 import { authorize } from './auth.mjs';
 import { demo } from './demo.mjs';
+import { keyOf } from './key.mjs';
 import { reconcile, relay } from './outbox.mjs';
 import { openPosts } from './posts.mjs';
 import { Problem, sendProblem } from './problem.mjs';
@@ -56,7 +57,7 @@ function found(req) {
 }
 
 app.post(base, authorize, (req, res) => {
-  const key = req.get('Idempotency-Key')?.replace(/^"(.*)"$/, '$1') ?? null;
+  const key = keyOf(req.get('Idempotency-Key'));
   const post = posts.create({ ...wanted(req.body), workspace: req.params.workspace, owner: req.user, key });
   void outbox.pass(); // the answer does not wait for the queue: the outbox remembers
   res.status(201).location(`/v1/workspaces/${post.workspace}/posts/${post.id}`).json(post);
