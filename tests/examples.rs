@@ -243,6 +243,35 @@ fn gateways_in_compose_files_are_configured_for_what_is_around_them() {
     assert_eq!(mounted, all, "each is some file's");
 }
 
+/// Both gateways of the posting example run on one machine, and on the paths that its API and its worker use.
+#[test]
+fn gateways_of_the_posting_example_stand_side_by_side() {
+    let mut taken = BTreeSet::new();
+    for path in files("posting", "toml") {
+        let name = path.display().to_string();
+        let config = checked(&name, &read(&path), &Environment::new());
+        for address in [&config.server.listen[0], &config.admin.listen] {
+            assert!(taken.insert(port(address).to_string()), "{name}: {address} is the other's");
+        }
+        let store::Options::Embedded(options) = &config.store else { panic!("{name}: {:?}", config.store) };
+        assert!(taken.insert(options.path.display().to_string()), "{name}: {:?} is the other's", options.path);
+    }
+    let source = |name: &str| read(&examples().join("posting/src").join(name));
+    let routes = |name: &str| {
+        let toml = read(&examples().join("posting").join(name));
+        let paths =
+            toml.lines().filter_map(|line| line.strip_prefix("path = \"/")?.split('"').next().map(str::to_owned));
+        paths.map(|path| format!("/{path}")).collect::<Vec<_>>()
+    };
+    let [posts] = &routes("edge.toml")[..] else { panic!("one route") };
+    assert!(source("api.mjs").contains(&format!("'{}'", posts.replace("{workspace}", ":workspace"))), "{posts}");
+    let networks = routes("egress.toml");
+    assert_eq!(networks.len(), 2);
+    for route in networks {
+        assert!(source("publish.mjs").contains(&format!("'{route}'")), "{route}");
+    }
+}
+
 #[test]
 fn haproxy_takes_the_balancers_configuration() {
     let Ok(output) = Command::new("haproxy").args(["-c", "-f"]).arg(examples().join("compose/haproxy.cfg")).output()
