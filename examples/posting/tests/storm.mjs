@@ -43,7 +43,7 @@ function clicks(seed, count) {
  * here the gateway asks the API what became of the key.
  */
 async function insist(client, click, tally, deadline) {
-  for (let last; ; await sleep(last?.retryAfter ? 300 : 100)) {
+  for (let last; ; await sleep(last?.retryAfter ? 500 : 250)) {
     try {
       last = await client.create(click.body, click.key);
       const code = last.body?.code ?? last.status;
