@@ -112,6 +112,7 @@ export class Stack {
         return await this.attempt(name);
       } catch (error) {
         if (attempt === 5) throw error;
+        console.error(`${error.message}; trying again`);
         await sleep(200);
       }
     }

@@ -27,7 +27,7 @@ export async function begin(t, { env = {}, ...options } = {}) {
   let passed = false;
   t.after(async () => {
     await Promise.all([...stack.processes.keys()].map((name) => stack.kill(name)));
-    if (passed) await rm(directory, { recursive: true, force: true });
+    if (passed && !process.env.POSTING_KEEP) await rm(directory, { recursive: true, force: true });
     else console.error(`logs are in ${directory}`);
   });
   await stack.start();

@@ -43,7 +43,7 @@ function clicks(seed, count) {
  * here the gateway asks the API what became of the key.
  */
 async function insist(client, click, tally, deadline) {
-  for (let last; ; await sleep(last?.retryAfter ? 300 : 100)) {
+  for (let last; ; await sleep(last?.retryAfter ? 500 : 250)) {
     try {
       last = await client.create(click.body, click.key);
       const code = last.body?.code ?? last.status;
@@ -63,6 +63,7 @@ async function slaughter(stack, seed, kills, step) {
   const { below } = lots(seed);
   const victims = ['api', 'worker', 'redis', 'edge', ...(stack.egress ? ['egress'] : [])];
   const killed = {};
+  let slowestStart = 0;
   for (let kill = 0; kill < kills; kill += 1) {
     await sleep(below(600, 'calm', kill)); // at random: no condition would be
     // Each once in every round of as many as there are, in an order that differs.
@@ -74,10 +75,12 @@ async function slaughter(stack, seed, kills, step) {
     await stack.kill(victim);
     step();
     await sleep(below(400, 'gone', kill));
+    const started = Date.now();
     await stack.start(victim);
+    slowestStart = Math.max(slowestStart, Date.now() - started);
     killed[victim] = (killed[victim] ?? 0) + 1;
   }
-  return killed;
+  return { killed, slowestStart };
 }
 
 export async function storm(stack, { seed, count, kills }) {
@@ -113,7 +116,7 @@ export async function storm(stack, { seed, count, kills }) {
       answers.set(click.key, got);
     }
   });
-  const killed = await slaughter(stack, seed, kills, step);
+  const { killed, slowestStart } = await slaughter(stack, seed, kills, step);
   end = Date.now() + 60_000;
   await Promise.all(clients);
   // A last retry of all, when everything is long settled.
@@ -129,5 +132,5 @@ export async function storm(stack, { seed, count, kills }) {
     const seen = await audit(stack);
     return seen.inFlight === 0 && seen;
   });
-  return { clicks: all, answers, posts, books, killed, tally };
+  return { clicks: all, answers, posts, books, killed, slowestStart, tally };
 }

@@ -14,11 +14,12 @@ function count(values) {
 }
 
 /** The figures of a storm, in one place: they are what a failure has to be understood from. */
-function tell(name, { posts, books, killed, tally, answers }, started) {
+function tell(name, { posts, books, killed, slowestStart, tally, answers }, started) {
   const figures = {
     ...size,
     seconds: Math.round((Date.now() - started) / 1000),
     killed,
+    slowestStart,
     states: count(posts.map(({ state }) => state)),
     unconfirmedAtNetwork: posts.filter((post) => post.state === 'unconfirmed' && books.keys[jobId(post.id, post.platform)]).length,
     requestsAtNetwork: Object.values(books.requests).reduce((sum, number) => sum + number, 0),
