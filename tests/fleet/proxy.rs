@@ -71,6 +71,11 @@ impl Proxy {
         self.set(|state| state.losses.push(marker.as_bytes().to_vec()));
     }
 
+    /// Those that are yet to be lost are not.
+    pub(crate) fn forgive(&self) {
+        self.set(|state| state.losses.clear());
+    }
+
     /// How many are yet to be lost.
     pub(crate) fn losses(&self) -> usize {
         self.shared.state.lock().unwrap().losses.len()

@@ -167,6 +167,11 @@ impl Visits {
 }
 
 impl Storm {
+    /// What all its keys begin with.
+    fn key_prefix(&self) -> String {
+        format!("s{}-k", self.seed)
+    }
+
     /// Sends keyed requests until all keys are done; one that was begun is mostly brought to its end.
     fn client(&self, thread: u64) {
         let mut random = Random(self.seed ^ (thread + 1).wrapping_mul(0x1234_5678_9abc_def1));
@@ -175,7 +180,7 @@ impl Storm {
             if number >= self.keys {
                 return;
             }
-            let key = format!("s{}-k{number}", self.seed);
+            let key = format!("{}{number}", self.key_prefix());
             let two_bodies = random.below(10) == 0;
             self.histories.lock().unwrap().insert(key.clone(), History::new(two_bodies));
             let (sends, parallel) = (1 + random.below(6), random.below(3) == 0);

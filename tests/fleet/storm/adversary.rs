@@ -45,8 +45,8 @@ impl Storm {
         }
     }
 
-    fn kill(&self, place: usize, downtime: Duration) {
-        let place = &self.places[place];
+    fn kill(&self, number: usize, downtime: Duration) {
+        let place = &self.places[number];
         let mut held = place.gateway.lock().unwrap();
         let mut old = held.take().unwrap();
         self.deaths.lock().unwrap().push(Instant::now());
@@ -54,6 +54,7 @@ impl Storm {
         place.deaths.fetch_add(1, Ordering::SeqCst);
         self.counts.kills.fetch_add(1, Ordering::SeqCst);
         thread::sleep(downtime);
+        self.proxies[number].forgive();
         let began = Instant::now();
         let new = loop {
             // It cannot start while the store is out of reach.
@@ -83,15 +84,20 @@ impl Storm {
     pub(super) fn trouble_networks(&self) {
         let mut random = self.random(2);
         while self.pause(random.ms(20, 250)) {
-            let proxy = &self.proxies[random.below(self.proxies.len() as u64) as usize];
+            let number = random.below(self.proxies.len() as u64) as usize;
+            let proxy = &self.proxies[number];
             match random.below(100) {
                 0..25 => {
                     self.counts.cuts.fetch_add(proxy.cut() as u64, Ordering::Relaxed);
                 }
                 25..70 => {
                     let more = random.below(4) as usize + 1;
-                    // Without a bound, who connects while nobody else asks would lose one after the other.
-                    (proxy.losses()..more).for_each(|_| proxy.lose_answer_to(""));
+                    // Mostly those to claims and outcomes. Who connects while nobody else asks would lose one after the other
+                    // of any others: so would a gateway that starts (it is held meanwhile, as one that stands still is).
+                    let marker = if random.below(4) > 0 { self.key_prefix() } else { String::new() };
+                    if !marker.is_empty() || self.places[number].gateway.try_lock().is_ok() {
+                        (proxy.losses()..more).for_each(|_| proxy.lose_answer_to(&marker));
+                    }
                 }
                 70..80 => {
                     self.counts.stalls.fetch_add(1, Ordering::Relaxed);
