@@ -5,8 +5,7 @@ mod settling;
 
 use super::*;
 use crate::idempotency::{Concurrent, Evidence, Outcome, Recorded, Response, UnknownOutcome, Why};
-use crate::store::shared::Watches;
-use crate::store::{Health, Page, Tag, Watch};
+use crate::store::{Health, Page, Tag, Watch, shared::Watches};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Mutex;
