@@ -231,12 +231,13 @@ impl Storm {
             }
             client.try_read()
         });
+        let mut histories = self.histories.lock().unwrap();
+        let history = histories.get_mut(key).unwrap();
+        history.answers.push((Instant::now(), gateway, answer.as_ref().map(classify)));
         let Some(answer) = answer else {
             self.counts.unanswered.fetch_add(1, Ordering::Relaxed);
             return false;
         };
-        let mut histories = self.histories.lock().unwrap();
-        let history = histories.get_mut(key).unwrap();
         match classify(&answer) {
             Answer::Final => {
                 history.see_final(key, body, answer, (gateway, deaths));

@@ -143,7 +143,34 @@ impl Storm {
         let explained = self.deaths.lock().unwrap().iter().any(died)
             || visited.iter().any(|visit| !matches!(visit, Visit::Refused))
             || history.seen.is_some();
-        assert!(explained, "{key}: unknown without a reason: {visited:?}");
+        assert!(explained, "{key}: unknown without a reason: {visited:?}; {}", self.story(key, history));
+    }
+
+    /// What came when, which gateways died or stood still around it, in ms since the key was first sent, and the record.
+    fn story(&self, key: &str, history: &History) -> String {
+        let ms = |at: &Instant| at.duration_since(history.began).as_secs_f64() * 1000.0;
+        let answers = history.answers.iter().map(|(at, from, answer)| format!("{:.0} from {from}: {answer:?}", ms(at)));
+        let deaths = self.deaths.lock().unwrap();
+        let next = deaths.iter().filter(|at| **at > history.began).take(5).map(|at| format!("{:.0}", ms(at)));
+        format!(
+            "answers at {}; the next deaths at {}; {:?}",
+            answers.collect::<Vec<_>>().join(", "),
+            next.collect::<Vec<_>>().join(", "),
+            self.record(key)
+        )
+    }
+
+    /// The record of a key, as a gateway's admin address shows it.
+    fn record(&self, key: &str) -> Option<serde_json::Value> {
+        let held = self.places[0].gateway.lock().unwrap();
+        let mut page = held.as_ref().unwrap().admin(&format!("/records?key={key}&limit=1000")).json();
+        loop {
+            if let Some(record) = page["records"].as_array()?.first() {
+                return Some(record.clone());
+            }
+            let next = page["next"].as_str()?;
+            page = held.as_ref().unwrap().admin(&format!("/records?key={key}&limit=1000&after={next}")).json();
+        }
     }
 
     fn judge_visits(&self) {

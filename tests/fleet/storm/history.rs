@@ -44,6 +44,8 @@ pub(super) struct History {
     pub(super) began: Instant,
     /// When the last answer came.
     pub(super) ended: Instant,
+    /// What came when from which gateway, for whoever reads a failure.
+    pub(super) answers: Vec<(Instant, usize, Option<Answer>)>,
 }
 
 /// A final answer.
@@ -59,7 +61,7 @@ pub(super) struct Seen {
 impl History {
     pub(super) fn new(two_bodies: bool) -> Self {
         let now = Instant::now();
-        Self { seen: None, unknown: false, two_bodies, began: now, ended: now }
+        Self { seen: None, unknown: false, two_bodies, began: now, ended: now, answers: Vec::new() }
     }
 
     pub(super) fn see_final(&mut self, key: &str, body: usize, answer: Response, by: (usize, u64)) {
