@@ -10,8 +10,23 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 /// Since some moment in the past, by a clock that nobody sets and that goes on while the machine sleeps.
 #[must_use]
 pub fn since_boot() -> Duration {
+    #[cfg(feature = "failpoints")]
+    if let Some(clock) = SIMULATED.get() {
+        return clock();
+    }
     let time = clock_gettime(ClockId::Boottime);
     Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+#[cfg(feature = "failpoints")]
+thread_local! {
+    static SIMULATED: std::cell::Cell<Option<fn() -> Duration>> = const { std::cell::Cell::new(None) };
+}
+
+/// From now on `since_boot` stands in for the system's clocks on this thread: for simulations.
+#[cfg(feature = "failpoints")]
+pub fn simulate(since_boot: fn() -> Duration) {
+    SIMULATED.set(Some(since_boot));
 }
 
 /// Tells the time for expiry and records. A step of the system's clock does not move it.
@@ -39,6 +54,12 @@ impl Clock {
     #[must_use]
     #[allow(clippy::disallowed_methods, reason = "the one place that reads the system's clocks")]
     pub fn system(not_before: Millis) -> Self {
+        #[cfg(feature = "failpoints")]
+        if SIMULATED.get().is_some() {
+            let ms = || u64::try_from(since_boot().as_millis()).unwrap_or(u64::MAX);
+            let (started, started_ms) = (ms(), ms().max(not_before.0));
+            return Self::shared(move || started_ms + (ms() - started));
+        }
         let wall = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
         let started_ms = u64::try_from(wall).unwrap_or(u64::MAX).max(not_before.0);
         Self(Kind::System { started: Instant::now(), started_ms })

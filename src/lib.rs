@@ -40,7 +40,7 @@
 //! - [`pem`]: certificates and keys from files, for TLS on both sides.
 //! - `timer`: time limits that are set once a request.
 //! - `command` (in the program, not in this library): `oncegate records`, a client of the admin address.
-//! - [`run`]: wires it all together. [`clock`]: the one place that reads the system's clocks.
+//! - [`run`]: wires it all together. `simulation` (with the feature `failpoints`) does so without sockets, disks and clocks. [`clock`]: the one place that reads the system's clocks.
 //!
 //! Who may import whom is checked by `tests/tidy.rs`: `main`, `run` → everything; server → gateway → ledger →
 //! {idempotency, store}; server, gateway → pem, timer; admin → ledger, telemetry, server's addresses; idempotency, store, pem, timer → nothing
@@ -74,6 +74,8 @@ pub mod ledger;
 pub mod pem;
 pub mod run;
 pub mod server;
+#[cfg(feature = "failpoints")]
+pub mod simulation;
 pub mod store;
 pub mod telemetry;
 mod timer;

@@ -84,12 +84,18 @@ pub struct Running {
     admin_address: Address,
 }
 
-/// Opens the store, settles what an earlier run has left open, binds, and starts to serve. To be called within a runtime.
-///
-/// # Errors
-/// See [`StartError`]; nothing is left running then.
-pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running, StartError> {
-    let store = AnyStore::open(&config.store).await?;
+/// What a gateway is made of, once its store is open and what an earlier run has left is settled.
+pub(crate) struct Prepared {
+    pub(crate) ledger: GatewayLedger,
+    pub(crate) secret: Secret,
+    pub(crate) metrics: Metrics,
+}
+
+pub(crate) async fn prepare(
+    store: AnyStore,
+    config: &Config,
+    accept_new_identity: bool,
+) -> Result<Prepared, StartError> {
     warn_of_new_store(&store, &config.store);
     let secret = secret(&store, &config.store).await?;
     note_identity(&store, &identity::of(&config.gateway.routes), accept_new_identity).await?;
@@ -99,7 +105,31 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
         None => Clock::system(Millis(store.newest_ms())),
     };
     let ledger: GatewayLedger = Ledger::new(store, clock, &config.ledger, metrics.clone());
-    recover(&ledger, &config).await?;
+    recover(&ledger, config).await?;
+    Ok(Prepared { ledger, secret, metrics })
+}
+
+/// What goes on beside the requests, for as long as the process lives.
+pub(crate) fn keep(
+    ledger: &GatewayLedger,
+    lease: Option<Duration>,
+    policies: impl Fn(&[u8]) -> Option<Policy> + Send + Sync + 'static,
+) {
+    let sweeper = ledger.clone();
+    tokio::spawn(async move { sweeper.sweep().await });
+    let Some(lease) = lease else { return };
+    let (keeper, finder) = (ledger.clone(), ledger.clone());
+    tokio::spawn(async move { keeper.keep_leases(lease).await });
+    tokio::spawn(async move { finder.let_claims_lapse(lease, policies).await });
+}
+
+/// Opens the store, settles what an earlier run has left open, binds, and starts to serve. To be called within a runtime.
+///
+/// # Errors
+/// See [`StartError`]; nothing is left running then.
+pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running, StartError> {
+    let store = AnyStore::open(&config.store).await?;
+    let Prepared { ledger, secret, metrics } = prepare(store, &config, accept_new_identity).await?;
 
     let mut listeners = Vec::new();
     let mut inherited = Inherited::take_all()?;
@@ -132,14 +162,7 @@ pub async fn start(config: Config, accept_new_identity: bool) -> Result<Running,
     let admin = Admin::new(metrics.registry(read.clone()), read, config.admin.ready_needs_store, records);
     let tls = config.server.tls;
     let server = Server::new(workers, gateways, config.server.limits, tls.clone(), metrics);
-    let sweeper = ledger.clone();
-    tokio::spawn(async move { sweeper.sweep().await });
-    if let Some(lease) = config.ledger.lease {
-        let keeper = ledger.clone();
-        tokio::spawn(async move { keeper.keep_leases(lease).await });
-        let finder = ledger.clone();
-        tokio::spawn(async move { finder.let_claims_lapse(lease, policies).await });
-    }
+    keep(&ledger, config.ledger.lease, policies);
     if let Some(auth) = auth.clone() {
         tokio::spawn(async move { auth.keep_fresh().await });
     }
@@ -354,7 +377,7 @@ fn rules(route: &RouteOptions) -> RouteRules {
 }
 
 /// The policy of a record's route; of one that is configured no more, the one that remembers longest.
-fn policies(routes: &[RouteOptions]) -> impl Fn(&[u8]) -> Option<Policy> + Send + Sync + 'static {
+pub(crate) fn policies(routes: &[RouteOptions]) -> impl Fn(&[u8]) -> Option<Policy> + Send + Sync + 'static {
     let longest = routes.iter().map(|route| route.policy).max_by_key(|policy| policy.unknown_retention_ms);
     let policies: HashMap<_, _> =
         routes.iter().rev().map(|route| (route.pattern.as_str().as_bytes().to_vec(), route.policy)).collect();

@@ -321,6 +321,20 @@ impl Server {
     }
 }
 
+/// Serves a client's connection that a simulation has made up, until it ends.
+#[cfg(feature = "failpoints")]
+pub(crate) async fn serve_simulated(
+    stream: crate::gateway::upstream::simulated::Stream,
+    gateway: Arc<Gateway>,
+    limits: Limits,
+    drain: CancellationToken,
+    metrics: Metrics,
+) {
+    let place = Place::new(std::array::from_fn(|_| Arc::new(AtomicUsize::new(1))), metrics);
+    let peer = gateway.peer(None);
+    connection::serve(stream, None, place, Setting { gateway, peer, limits, drain }).await;
+}
+
 /// A connection's place among `max_connections` and those of its worker. It belongs to the stream, which outlives its HTTP
 /// as a tunnel.
 struct Place {

@@ -8,6 +8,8 @@ pub mod memory;
 pub mod postgres;
 pub mod redis;
 pub mod shared;
+#[cfg(feature = "failpoints")]
+pub mod simulated;
 
 pub use shared::{StoreTime, Watch};
 
@@ -308,6 +310,8 @@ pub enum AnyStore {
     Embedded(embedded::Embedded),
     Redis(Box<redis::Redis>),
     Postgres(Box<postgres::Postgres>),
+    #[cfg(feature = "failpoints")]
+    Simulated(simulated::Simulated),
 }
 
 impl AnyStore {
@@ -338,6 +342,8 @@ macro_rules! delegate {
             Self::Embedded($store) => $call,
             Self::Redis($store) => $call,
             Self::Postgres($store) => $call,
+            #[cfg(feature = "failpoints")]
+            Self::Simulated($store) => $call,
         }
     };
 }

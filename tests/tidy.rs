@@ -20,6 +20,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "pem",
             "run",
             "server",
+            "simulation",
             "store",
             "telemetry",
             "timer",
@@ -30,6 +31,8 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("command", &["config", "server"]),
     // Wires all of them together.
     ("run", &["admin", "clock", "config", "gateway", "idempotency", "ledger", "server", "store", "telemetry"]),
+    // As `run`, without sockets.
+    ("simulation", &["clock", "config", "gateway", "run", "server", "store", "telemetry"]),
     ("fault", &[]),
     // Resolves the raw configuration into everybody's options.
     ("config", &["admin", "gateway", "idempotency", "ledger", "pem", "server", "store", "telemetry"]),

@@ -4,6 +4,8 @@ mod chunked;
 mod connect;
 mod exchange;
 mod head;
+#[cfg(feature = "failpoints")]
+pub mod simulated;
 pub mod tls;
 
 use super::body::ForwardBody;
@@ -29,8 +31,13 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
-    Tcp { host: String, port: u16 },
+    Tcp {
+        host: String,
+        port: u16,
+    },
     Unix(PathBuf),
+    #[cfg(feature = "failpoints")]
+    Simulated(simulated::Connector),
 }
 
 /// What the upstream sees as `Host`.

@@ -11,7 +11,22 @@ use tokio_rustls::client::TlsStream;
 use tokio_util::either::Either;
 
 /// A connection's bytes.
-pub(in crate::gateway) type Stream = Either<TcpStream, Either<UnixStream, Box<TlsStream<TcpStream>>>>;
+pub(in crate::gateway) type Stream = Either<TcpStream, Either<Local, Box<TlsStream<TcpStream>>>>;
+
+#[cfg(not(feature = "failpoints"))]
+type Local = UnixStream;
+#[cfg(feature = "failpoints")]
+type Local = Either<UnixStream, super::simulated::Stream>;
+
+#[cfg(not(feature = "failpoints"))]
+fn local(stream: UnixStream) -> Local {
+    stream
+}
+
+#[cfg(feature = "failpoints")]
+fn local(stream: UnixStream) -> Local {
+    Either::Left(stream)
+}
 
 /// Connects within `connect_timeout`: name resolution, all addresses and TLS together.
 ///
@@ -29,7 +44,12 @@ pub(super) async fn connect(options: &Options) -> Result<Stream, SendError> {
         }
         Endpoint::Unix(path) => {
             let stream = timeout_at(deadline, UnixStream::connect(path)).await.unwrap_or_else(|_| Err(timed_out()));
-            Ok(Either::Right(Either::Left(stream.map_err(unreachable)?)))
+            Ok(Either::Right(Either::Left(local(stream.map_err(unreachable)?))))
+        }
+        #[cfg(feature = "failpoints")]
+        Endpoint::Simulated(connector) => {
+            let stream = timeout_at(deadline, connector.connect()).await.unwrap_or_else(|_| Err(timed_out()));
+            Ok(Either::Right(Either::Left(Either::Right(stream.map_err(unreachable)?))))
         }
     }
 }
