@@ -410,3 +410,18 @@ mod tests { use crate::tests; }
     assert_eq!(character("'a, 'b>"), 0);
     assert_eq!(character(r"'\u{ff}'"), 8);
 }
+
+/// Else nobody would know any more whether simulations find them.
+#[test]
+fn the_planted_bugs_can_be_planted() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let patches = std::fs::read_dir(root.join("tests/simulation/bugs")).unwrap().map(|entry| entry.unwrap().path());
+    let patches =
+        patches.filter(|path| path.extension().is_some_and(|extension| extension == "patch")).collect::<Vec<_>>();
+    assert!(patches.len() >= 25, "{patches:?}");
+    for patch in patches {
+        let mut git = std::process::Command::new("git");
+        let applied = git.current_dir(root).args(["apply", "--check"]).arg(&patch).output().unwrap();
+        assert!(applied.status.success(), "{}: {}", patch.display(), String::from_utf8_lossy(&applied.stderr));
+    }
+}

@@ -95,6 +95,8 @@ pub(crate) enum Ill {
     Store,
     /// The store's answers are lost now and then: an answer may not be recorded yet, but nothing becomes unknown for that.
     Loss,
+    /// The store's clock is set: leases end early or late.
+    Clock,
 }
 
 #[derive(Debug, Default)]
@@ -276,7 +278,7 @@ impl OfKey<'_> {
         let last = self.calls.iter().map(|call| call.ended).max().unwrap_or(began) + self.promise.aftermath;
         for call in self.calls.iter().chain(self.ends) {
             let visited = self.visits.iter().any(|visit| !visit.did.tells() && visit.at <= call.ended);
-            let troubled = self.troubled(began, call.ended.min(last), &[Ill::Gateway, Ill::Store]);
+            let troubled = self.troubled(began, call.ended.min(last), &[Ill::Gateway, Ill::Store, Ill::Clock]);
             if matches!(call.word, Word::Unknown | Word::JustUnknown) && !visited && !troubled {
                 wrong.push(format!("unknown without a reason: {call:?}, {:?}, {:?}", self.visits, self.calls));
             }

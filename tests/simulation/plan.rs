@@ -16,6 +16,7 @@ pub(crate) struct Plan {
     pub(crate) storm: Duration,
     pub(crate) retention: Duration,
     pub(crate) lease: Duration,
+    pub(crate) connect_timeout: Duration,
     pub(crate) wait_timeout: Duration,
     pub(crate) faults: Faults,
     /// Of requests, in percent, that the upstream makes trouble with; and of connections to it that fail.
@@ -42,6 +43,7 @@ impl Plan {
             storm: random.ms(3_000, 9_000),
             retention: if short { random.ms(3_000, 6_000) } else { Duration::from_secs(86_400) },
             lease: random.ms(800, 2_500),
+            connect_timeout: random.ms(100, 1_500),
             wait_timeout: random.ms(50, 1_500),
             faults: Faults { lossy, expires: random.percent(50), single },
             upstream_trouble: [0, 20, 50, 90][random.below(4) as usize],
@@ -70,10 +72,11 @@ impl Plan {
         let cache = if gateway == 0 && self.seed % 2 == 0 { "cache.max_bytes = 0\n" } else { "" };
         format!(
             "{engine}{cache}upstream.response_timeout = \"{}ms\"\nupstream.late_window = \"{}ms\"\n\
-             upstream.connect_timeout = \"300ms\"\nidempotency.wait_timeout = \"{}ms\"\nidempotency.retention = \"{}ms\"\n\
+             upstream.connect_timeout = \"{}ms\"\nidempotency.wait_timeout = \"{}ms\"\nidempotency.retention = \"{}ms\"\n\
              idempotency.unknown_retention = \"7d\"\n",
             crate::upstream::RESPONSE_TIMEOUT.as_millis(),
             crate::upstream::LATE_WINDOW.as_millis(),
+            self.connect_timeout.as_millis(),
             self.wait_timeout.as_millis(),
             self.retention.as_millis(),
         )

@@ -19,7 +19,7 @@ use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
 /// How long a trouble goes on to leave outcomes unknown, or waiting to be recorded.
-const AFTERMATH: Duration = Duration::from_secs(6);
+const AFTERMATH: Duration = Duration::from_secs(8);
 /// How long an answer takes at most, while the store may lose answers but nothing worse happens.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// All has to be settled so long after the storm.
@@ -155,14 +155,13 @@ impl<'a> Simulation<'a> {
             let mut random = random.lock().unwrap();
             let (pause, latency) = (random.ms(0, 5), random.ms(0, 8));
             let fails = random.percent(unreachable) && !calm.load(Ordering::SeqCst);
-            let silent = random.percent(30);
+            let (silent, slow) = (random.percent(30), random.ms(0, 1_500));
             let (net, door) = (net.clone(), door.clone());
             async move {
                 tokio::time::sleep(pause).await;
                 if fails && silent {
-                    std::future::pending::<()>().await;
-                }
-                if fails {
+                    tokio::time::sleep(slow).await;
+                } else if fails {
                     return Err(io::ErrorKind::ConnectionRefused.into());
                 }
                 let (client, server) = net.connection(latency);
@@ -251,7 +250,7 @@ impl<'a> Simulation<'a> {
             _ if self.plan.jumps && !single => {
                 let ms = self.random.below(20_000) as i64 - 10_000;
                 // A clock that was set back is believed after a while.
-                self.trouble(Duration::from_secs(50), Ill::Store);
+                self.trouble(Duration::from_secs(50), Ill::Clock);
                 self.store.set_clock(ms);
             }
             _ => {}

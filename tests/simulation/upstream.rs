@@ -12,7 +12,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::time::sleep;
 
 pub(crate) const RESPONSE_TIMEOUT: Duration = Duration::from_millis(600);
-pub(crate) const LATE_WINDOW: Duration = Duration::from_millis(1000);
+pub(crate) const LATE_WINDOW: Duration = Duration::from_millis(3000);
 /// A `Date` that the upstream sends.
 pub(crate) const DATE: &str = "Sun, 06 Nov 1994 08:49:37 GMT";
 
@@ -132,7 +132,7 @@ impl Upstream {
             return plan;
         }
         match random.below(12) {
-            // Too late for the caller, in time for the record.
+            // Too late for the caller, in time for the record, even if connecting took its time.
             0 | 1 => plan.delay = RESPONSE_TIMEOUT + random.ms(10, 800),
             // Too late for both.
             2 => {
