@@ -69,7 +69,7 @@ impl Plan {
             )
         };
         // One of them always asks the store.
-        let cache = if gateway == 0 && self.seed % 2 == 0 { "cache.max_bytes = 0\n" } else { "" };
+        let cache = if gateway == 0 && self.seed.is_multiple_of(2) { "cache.max_bytes = 0\n" } else { "" };
         format!(
             "{engine}{cache}upstream.response_timeout = \"{}ms\"\nupstream.late_window = \"{}ms\"\n\
              upstream.connect_timeout = \"{}ms\"\nidempotency.wait_timeout = \"{}ms\"\nidempotency.retention = \"{}ms\"\n\
