@@ -7,12 +7,14 @@ pub use crate::clock::simulate as simulate_clock;
 pub use crate::gateway::upstream::simulated::{Connector, Stream};
 
 use crate::config::Config;
-use crate::gateway::Gateway;
 use crate::gateway::upstream::Endpoint;
+use crate::gateway::{Gateway, GatewayLedger, RouteOptions};
+use crate::idempotency::{Event, Resolution};
+use crate::ledger::Act;
 use crate::run::{self, Prepared, StartError};
 use crate::server::{Limits, serve_simulated};
-use crate::store::AnyStore;
 use crate::store::simulated::Simulated;
+use crate::store::{AnyStore, RecordId, Version};
 use crate::telemetry::Metrics;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
@@ -20,6 +22,8 @@ use tokio_util::sync::CancellationToken;
 /// A gateway that serves.
 pub struct Served {
     gateway: Arc<Gateway>,
+    ledger: GatewayLedger,
+    routes: Vec<RouteOptions>,
     limits: Limits,
     metrics: Metrics,
     drain: CancellationToken,
@@ -34,18 +38,33 @@ impl Served {
         config.gateway.upstream.endpoint = Endpoint::Simulated(upstream);
         let prepared = run::prepare(AnyStore::Simulated(store), &config, false).await?;
         let Prepared { ledger, secret, metrics } = prepared;
-        let policies = run::policies(&config.gateway.routes);
+        let routes = config.gateway.routes.clone();
         let gateway = Gateway::new(config.gateway, ledger.clone(), secret, metrics.clone());
         let pool = Arc::clone(gateway.upstream());
         tokio::spawn(async move { pool.close_idle().await });
-        run::keep(&ledger, config.ledger.lease, policies);
-        Ok(Self { gateway, limits: config.server.limits, metrics, drain: CancellationToken::new() })
+        run::keep(&ledger, config.ledger.lease, run::policies(&routes));
+        Ok(Self { gateway, ledger, routes, limits: config.server.limits, metrics, drain: CancellationToken::new() })
     }
 
     /// Serves a client's connection until it ends.
     pub fn serve(&self, stream: Stream) {
         let (gateway, limits) = (Arc::clone(&self.gateway), self.limits.clone());
         tokio::spawn(serve_simulated(stream, gateway, limits, self.drain.clone(), self.metrics.clone()));
+    }
+
+    /// An operator says that an unknown record's request was not executed. `false`: nothing came of it.
+    pub async fn resolve_not_executed(&self, id: RecordId, version: Version) -> bool {
+        let policies = run::policies(&self.routes);
+        let act = Act {
+            id,
+            if_version: Some(version),
+            who: "simulation".into(),
+            decide: Box::new(move |record| {
+                let policy = policies(&record.origin.route).ok_or("no routes")?;
+                Ok::<_, &str>((policy, Event::Resolve(Resolution::NotExecuted)))
+            }),
+        };
+        self.ledger.act(act).await.is_ok()
     }
 
     /// Claims that are open.

@@ -32,7 +32,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     // Wires all of them together.
     ("run", &["admin", "clock", "config", "gateway", "idempotency", "ledger", "server", "store", "telemetry"]),
     // As `run`, without sockets.
-    ("simulation", &["clock", "config", "gateway", "run", "server", "store", "telemetry"]),
+    ("simulation", &["clock", "config", "gateway", "idempotency", "ledger", "run", "server", "store", "telemetry"]),
     ("fault", &[]),
     // Resolves the raw configuration into everybody's options.
     ("config", &["admin", "gateway", "idempotency", "ledger", "pem", "server", "store", "telemetry"]),

@@ -237,7 +237,8 @@ impl OfKey<'_> {
                     // Its record lasts from some time after the execution on. What was answered is recorded, unless the store
                     // failed at that moment.
                     let lasts = visit.map_or(Duration::ZERO, |visit| visit.at) + self.promise.retention;
-                    let recorded = *replayed || !self.troubled(call.sent, call.ended, &[Ill::Store, Ill::Loss]);
+                    let recorded =
+                        *replayed || !self.troubled(call.sent, call.ended, &[Ill::Store, Ill::Loss, Ill::Clock]);
                     let forgotten = all().find(|other| {
                         recorded && other.word == Word::Unknown && other.sent > call.ended && other.ended < lasts
                     });

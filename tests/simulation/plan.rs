@@ -24,6 +24,8 @@ pub(crate) struct Plan {
     pub(crate) unreachable: u64,
     /// The mean time between two strokes of the adversary; `None`: it is absent.
     pub(crate) strokes: Option<Duration>,
+    /// How often an operator looks for what is unknown, and frees what the upstream has not seen.
+    pub(crate) operator: Option<Duration>,
     /// Whether the store's clock is set, now and then.
     pub(crate) jumps: bool,
 }
@@ -49,6 +51,7 @@ impl Plan {
             upstream_trouble: [0, 20, 50, 90][random.below(4) as usize],
             unreachable: [0, 5, 30][random.below(3) as usize],
             strokes: (!quiet).then(|| random.ms(100, 1_500)),
+            operator: random.percent(50).then(|| random.ms(200, 800)),
             jumps: !short && random.percent(20),
         }
     }

@@ -1,7 +1,7 @@
 //! One simulation: the hosts, the adversary, and the end of it all.
 
 use crate::audit::random::Random;
-use crate::audit::{History, Ill, KeyOf, Promise, Tally};
+use crate::audit::{Did, History, Ill, KeyOf, Promise, Tally};
 use crate::client::{Clients, Connect};
 use crate::net::{End, Net};
 use crate::plan::Plan;
@@ -9,9 +9,12 @@ use crate::store::World;
 use crate::upstream::Upstream;
 use crate::world::{self, Host, now};
 use oncegate::config::{self, Flags};
+use oncegate::idempotency::codec;
 use oncegate::ledger::tags;
 use oncegate::simulation::{Connector, Served, Stream, simulate_clock};
+use oncegate::store::{RecordId, Version};
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Once};
@@ -200,13 +203,43 @@ impl<'a> Simulation<'a> {
             self.clients.spawn(clients.clone().settle(key, random, begins));
         }
         let mut next = self.stroke_in();
+        let (mut looks, mut seen) = (self.plan.operator, BTreeMap::new());
         while self.plan.storms() {
+            if looks.is_some_and(|at| at <= now()) {
+                seen = self.operate(&seen);
+                looks = self.plan.operator.map(|pause| now() + pause);
+            }
             if next.is_some_and(|at| at <= now()) {
                 self.stroke();
                 next = self.stroke_in();
             }
             self.tick();
         }
+    }
+
+    /// An operator frees what was unknown at his last look already, if the upstream has never seen it. What is unknown now.
+    fn operate(&mut self, seen: &BTreeMap<RecordId, Version>) -> BTreeMap<RecordId, Version> {
+        let gateway = self.random.below(self.places.len() as u64) as usize;
+        let served = self.places[gateway].served.lock().unwrap().clone();
+        let unknown = self.store.unknown();
+        for (id, entry) in &unknown {
+            let Some(served) = served.clone().filter(|_| seen.get(id) == Some(&entry.version)) else { continue };
+            let record = codec::decode(&entry.value.bytes).unwrap();
+            let key = String::from_utf8_lossy(&record.origin.key).into_owned();
+            let history = self.history.lock().unwrap();
+            let visited = |tenant: &str| {
+                let visits = history.visits.get(&(tenant.to_owned(), key.clone()));
+                visits.is_some_and(|visits| visits.iter().any(|visit| visit.did != Did::Refused))
+            };
+            // Whose of the two tenants' it is he does not ask.
+            if !visited("t0") && !visited("t1") {
+                let (id, version) = (*id, entry.version);
+                self.places[gateway].host.spawn(async move {
+                    served.resolve_not_executed(id, version).await;
+                });
+            }
+        }
+        unknown.into_iter().map(|(id, entry)| (id, entry.version)).collect()
     }
 
     /// When the adversary strikes next.

@@ -267,6 +267,11 @@ impl World {
         self.inner().failed
     }
 
+    /// What is unknown.
+    pub(crate) fn unknown(&self) -> Vec<(RecordId, Entry)> {
+        at_once(self.inner().memory.list(Some(oncegate::ledger::tags::UNKNOWN), 0, usize::MAX)).unwrap().entries
+    }
+
     /// Entries of a tag.
     pub(crate) fn count(&self, tag: Tag) -> u64 {
         self.inner().memory.status().entries[usize::from(tag.0)]
