@@ -179,6 +179,9 @@ impl History {
     }
 }
 
+/// How far two clocks may be apart.
+const SLACK: Duration = Duration::from_millis(300);
+
 /// One key's part of the history.
 struct OfKey<'a> {
     history: &'a History,
@@ -221,9 +224,8 @@ impl OfKey<'_> {
                         Some(visit) if visit.body != call.body => {
                             wrong.push(format!("of another body: {call:?}, {visit:?}"));
                         }
-                        // It was recorded after it was executed; how much later is not known.
-                        Some(visit)
-                            if *replayed && call.sent > visit.at + self.promise.retention + self.promise.aftermath =>
+                        Some(_)
+                            if *replayed && call.sent > self.recorded_by(*number) + self.promise.retention + SLACK =>
                         {
                             wrong.push(format!("replayed after its retention: {call:?}, {visit:?}"));
                         }
@@ -249,6 +251,13 @@ impl OfKey<'_> {
                 _ => {}
             }
         }
+    }
+
+    /// When an execution was surely recorded: somebody had got a replay of it.
+    fn recorded_by(&self, number: u64) -> Duration {
+        let calls = self.calls.iter().chain(self.ends);
+        let of = |word: &Word| matches!(word, Word::Final { number: other, replayed: true, .. } if *other == number);
+        calls.filter(|call| of(&call.word)).map(|call| call.ended).min().unwrap_or(Duration::MAX)
     }
 
     fn waits(&self, wrong: &mut Vec<String>) {
