@@ -37,6 +37,7 @@ impl Plan {
         let quiet = random.percent(25);
         let short = random.percent(25);
         let lossy = [0, 2, 10, 25][random.below(4) as usize];
+        let strikes = if quiet { 0 } else { [0, 0, 3, 10][random.below(4) as usize] };
         Self {
             seed,
             tick: random.ms(1, 5),
@@ -47,7 +48,7 @@ impl Plan {
             lease: random.ms(800, 2_500),
             connect_timeout: random.ms(100, 1_500),
             wait_timeout: random.ms(50, 1_500),
-            faults: Faults { lossy, expires: random.percent(50), single },
+            faults: Faults { lossy, strikes, expires: random.percent(50), single },
             upstream_trouble: [0, 20, 50, 90][random.below(4) as usize],
             unreachable: [0, 5, 30][random.below(3) as usize],
             strokes: (!quiet).then(|| random.ms(100, 1_500)),

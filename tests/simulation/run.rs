@@ -326,6 +326,16 @@ impl<'a> Simulation<'a> {
         }
         self.net.step();
         self.store.step();
+        for gateway in self.store.struck() {
+            match self.random.below(3) {
+                0 => {
+                    let downtime = self.random.ms(1, 600);
+                    self.kill(gateway, downtime);
+                }
+                1 => self.freeze(gateway, 20, 400),
+                _ => self.freeze(gateway, self.plan.lease.as_millis() as u64, 4_000),
+            }
+        }
         self.clients.tick(tick);
         self.upstream_host.tick(tick);
         self.places.iter_mut().for_each(|place| place.host.tick(tick));

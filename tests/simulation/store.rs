@@ -30,6 +30,8 @@ const EPOCH_MS: u64 = 1_700_000_000_000;
 pub(crate) struct Faults {
     /// Of operations, in percent: an answer is lost, or late.
     pub(crate) lossy: u64,
+    /// Of writes, in percent: who has sent it is struck when it lands, before he hears of it.
+    pub(crate) strikes: u64,
     /// Whether the store drops what has expired by itself.
     pub(crate) expires: bool,
     /// A gateway's own store, on a disk.
@@ -58,6 +60,8 @@ type Told = (Result<Reply, StoreError>, u64);
 enum Act {
     /// A copy of a request gets there. It counts until `deadline_ms` of the store's clock.
     Land {
+        /// The gateway that has sent it.
+        from: usize,
         request: Request,
         deadline_ms: u64,
         answer: Option<(Duration, oneshot::Sender<Told>)>,
@@ -84,6 +88,8 @@ struct Inner {
     /// A disk: it takes no claims, or has failed for good.
     full: bool,
     failed: bool,
+    /// Gateways that are to be struck now.
+    struck: Vec<usize>,
 }
 
 #[derive(Clone)]
@@ -100,6 +106,11 @@ fn at_once<F: Future>(future: F) -> F::Output {
 impl Inner {
     fn store_ms(&self) -> u64 {
         (EPOCH_MS + now().as_millis() as u64).saturating_add_signed(self.clock_ms)
+    }
+
+    fn strikes(&mut self) -> bool {
+        let percent = self.faults.strikes;
+        self.random.percent(percent)
     }
 
     fn at(&mut self, at: Duration, act: Act) {
@@ -149,7 +160,10 @@ impl Inner {
                 }
             }
             Act::Answer(to, told) => drop(to.send(told)),
-            Act::Land { request, deadline_ms, answer } => {
+            Act::Land { from, request, deadline_ms, answer } => {
+                if matches!(request, Request::Swap { .. }) && self.strikes() {
+                    self.struck.push(from);
+                }
                 let told = if self.failed {
                     Err(StoreError::Failed { reason: "a flush has failed".to_owned() })
                 } else if self.store_ms() > deadline_ms {
@@ -184,6 +198,7 @@ impl World {
             last_land: Duration::ZERO,
             full: false,
             failed: false,
+            struck: Vec::new(),
         })))
     }
 
@@ -213,6 +228,11 @@ impl World {
         let time = StoreTime::new(inner.store_ms());
         drop(inner);
         Box::new(Shared { world: self.clone(), gateway, time, watches })
+    }
+
+    /// Gateways whose write has just landed, and that are to be struck for it.
+    pub(crate) fn struck(&self) -> Vec<usize> {
+        std::mem::take(&mut self.inner().struck)
     }
 
     pub(crate) fn outage(&self, until: Duration) {
@@ -257,7 +277,7 @@ impl World {
     /// No faults from now on.
     pub(crate) fn calm(&self) {
         let mut inner = self.inner();
-        (inner.faults.lossy, inner.full) = (0, false);
+        (inner.faults.lossy, inner.faults.strikes, inner.full) = (0, 0, false);
         (inner.down_until, inner.failed) = (Duration::ZERO, false);
         inner.cut_until.fill(Duration::ZERO);
     }
@@ -311,9 +331,9 @@ impl Shared {
         let (land, reply) = (now() + inner.random.ms(0, 5), inner.random.ms(0, 5));
         let percent = inner.faults.lossy;
         let lossy = inner.random.percent(percent);
-        let mut copies = false;
+        let (mut copies, from) = (false, self.gateway);
         if !lossy {
-            inner.at(land, Act::Land { request, deadline_ms, answer: Some((land + reply, to)) });
+            inner.at(land, Act::Land { from, request, deadline_ms, answer: Some((land + reply, to)) });
         } else {
             match inner.random.below(4) {
                 // Never gets there.
@@ -321,20 +341,20 @@ impl Shared {
                 // Lands, perhaps late, and its answer is lost.
                 1 => {
                     let land = now() + inner.random.ms(0, 600);
-                    inner.at(land, Act::Land { request, deadline_ms, answer: None });
+                    inner.at(land, Act::Land { from, request, deadline_ms, answer: None });
                 }
                 // Late.
                 2 => {
                     let (land, reply) = (now() + inner.random.ms(0, 500), inner.random.ms(0, 300));
-                    inner.at(land, Act::Land { request, deadline_ms, answer: Some((land + reply, to)) });
+                    inner.at(land, Act::Land { from, request, deadline_ms, answer: Some((land + reply, to)) });
                 }
                 // The connection is lost; it is sent once more, and either may be first.
                 _ => {
                     copies = true;
                     let earlier = now() + inner.random.ms(0, 600);
-                    inner.at(earlier, Act::Land { request: request.clone(), deadline_ms, answer: None });
+                    inner.at(earlier, Act::Land { from, request: request.clone(), deadline_ms, answer: None });
                     let land = now() + inner.random.ms(10, 200);
-                    inner.at(land, Act::Land { request, deadline_ms, answer: Some((land + reply, to)) });
+                    inner.at(land, Act::Land { from, request, deadline_ms, answer: Some((land + reply, to)) });
                 }
             }
         }
@@ -444,7 +464,7 @@ impl Own {
                 // A group commit: in order.
                 let land = (now() + inner.random.ms(1, 8)).max(inner.last_land);
                 inner.last_land = land;
-                inner.at(land, Act::Land { request, deadline_ms: u64::MAX, answer: Some((land, to)) });
+                inner.at(land, Act::Land { from: 0, request, deadline_ms: u64::MAX, answer: Some((land, to)) });
             } else {
                 let told = (inner.perform(request), 0);
                 let _ = to.send(told);
