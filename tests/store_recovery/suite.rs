@@ -141,7 +141,9 @@ fn segments(path: &Path) -> Vec<PathBuf> {
 }
 
 fn used_segments(path: &Path) -> Vec<PathBuf> {
-    segments(path).into_iter().filter(|file| std::fs::read(file).unwrap()[64..].iter().any(|&byte| byte != 0)).collect()
+    // The spare may be in the making: empty as yet.
+    let used = |file: &PathBuf| std::fs::read(file).unwrap().iter().skip(64).any(|&byte| byte != 0);
+    segments(path).into_iter().filter(used).collect()
 }
 
 fn flip(file: &Path, offset: u64) {
