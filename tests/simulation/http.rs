@@ -3,7 +3,7 @@
 use std::io;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Message {
     /// Of a response.
     pub(crate) status: u16,
@@ -19,6 +19,13 @@ impl Message {
 
     pub(crate) fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
+    }
+}
+
+impl std::fmt::Debug for Message {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let text = self.text().chars().take(200).collect::<String>();
+        write!(f, "{} {:?} {text:?}", self.status, self.fields)
     }
 }
 

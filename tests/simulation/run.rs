@@ -189,8 +189,9 @@ impl<'a> Simulation<'a> {
     }
 
     fn keys(&self) -> Vec<KeyOf> {
-        // Two tenants have the same keys.
-        (0..self.plan.keys).map(|number| (format!("t{}", number % 2), format!("k{}", number / 2))).collect()
+        // The first keys are two tenants', each.
+        let key = |number: u64| if number < 6 { number / 2 } else { number };
+        (0..self.plan.keys).map(|number| (format!("t{}", number % 2), format!("k{}", key(number)))).collect()
     }
 
     fn storm(&mut self) {
