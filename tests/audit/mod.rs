@@ -93,7 +93,7 @@ pub(crate) enum Ill {
     Gateway,
     /// The store cannot be reached, or fails: so it may, and an answer may have been given that is not recorded.
     Store,
-    /// The store's answers are lost now and then: an answer may not be recorded yet, but nothing becomes unknown for that.
+    /// The store's answers are lost now and then: an answer may not be recorded yet, but nothing is unknown for that in the end.
     Loss,
     /// The store's clock is set: leases end early or late.
     Clock,
@@ -288,7 +288,9 @@ impl OfKey<'_> {
         let last = self.calls.iter().map(|call| call.ended).max().unwrap_or(began) + self.promise.aftermath;
         for call in self.calls.iter().chain(self.ends) {
             let visited = self.visits.iter().any(|visit| !visit.did.tells() && visit.at <= call.ended);
-            let troubled = self.troubled(began, call.ended.min(last), &[Ill::Gateway, Ill::Store, Ill::Clock]);
+            // A claim that cannot be given back in time is unknown for a while; not for ever.
+            let loss = if self.ends.iter().any(|end| std::ptr::eq(end, call)) { Ill::Store } else { Ill::Loss };
+            let troubled = self.troubled(began, call.ended.min(last), &[Ill::Gateway, Ill::Store, Ill::Clock, loss]);
             if matches!(call.word, Word::Unknown | Word::JustUnknown) && !visited && !troubled {
                 wrong.push(format!("unknown without a reason: {call:?}, {:?}, {:?}", self.visits, self.calls));
             }

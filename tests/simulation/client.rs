@@ -163,11 +163,11 @@ fn finished(key: &KeyOf, answer: &Message) -> Word {
         return Word::Odd(format!("another date: {answer:?}"));
     }
     let replayed = answer.field("idempotency-replayed").is_some();
-    let content = format!("{} {fields:?} {:x}", answer.status, md(&answer.body));
+    let content = format!("{} {fields:?} {:x}", answer.status, fnv(&answer.body));
     Word::Final { number, content, replayed }
 }
 
-/// FNV-1a.
-fn md(bytes: &[u8]) -> u64 {
+/// FNV-1a, of a body.
+fn fnv(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
