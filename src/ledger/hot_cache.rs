@@ -9,8 +9,6 @@ use std::time::Duration;
 
 pub(super) struct HotCache {
     records: Cache<RecordId, Hot, HashOfIds>,
-    /// It may hold nothing: moka would hold an entry until its next housekeeping.
-    disabled: bool,
     max_age_ms: Option<u64>,
 }
 
@@ -30,7 +28,7 @@ impl HotCache {
         let records = Cache::builder().max_capacity(max_bytes).weigher(|_, hot: &Hot| weigh(&hot.record));
         let records = records.build_with_hasher(HashOfIds::default());
         let max_age_ms = max_age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
-        Self { records, disabled: max_bytes == 0, max_age_ms }
+        Self { records, max_age_ms }
     }
 
     /// A completed record that has not expired at `now`.
@@ -45,9 +43,7 @@ impl HotCache {
 
     /// Takes a record in, if it is completed.
     pub(super) fn put(&self, id: RecordId, record: Arc<Remembered>, now: Millis) {
-        if let State::Completed { expires_at, .. } = record.state
-            && !self.disabled
-        {
+        if let State::Completed { expires_at, .. } = record.state {
             let use_until = self.max_age_ms.map_or(expires_at, |age| expires_at.min(now.plus(age)));
             self.records.insert(id, Hot { record, use_until });
         }
