@@ -7,10 +7,15 @@
 #[path = "it/support/mod.rs"]
 mod support;
 
+#[allow(dead_code, reason = "shared with other tests")]
+#[path = "audit/random.rs"]
+mod random;
+
 #[cfg(feature = "failpoints")]
 #[path = "crash/failpoints.rs"]
 mod failpoints;
 
+use random::Random;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
@@ -21,23 +26,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use support::{Client, Gateway, Received, Response, Upstream, post};
 
 const CLIENTS: u64 = 6;
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-}
 
 /// What the upstream did with one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

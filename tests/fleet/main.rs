@@ -11,6 +11,9 @@
 #[path = "../servers/postgres.rs"]
 #[allow(dead_code, unreachable_pub)]
 mod postgres_server;
+#[allow(dead_code, reason = "shared with other tests")]
+#[path = "../audit/random.rs"]
+mod random;
 #[path = "../servers/redis.rs"]
 #[allow(dead_code, unreachable_pub)]
 mod redis_server;

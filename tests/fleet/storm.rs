@@ -6,6 +6,7 @@ mod audit;
 mod history;
 
 use crate::fleet::{DATE, Fleet, problem};
+use crate::random::Random;
 use crate::server::{Engine, Server};
 use crate::support::upstream::Reply;
 use crate::support::{Client, Gateway, Received, Upstream, post};
@@ -24,27 +25,6 @@ const SETTINGS: &str = "upstream.response_timeout = \"600ms\"\nupstream.late_win
                         idempotency.wait_timeout = \"300ms\"\nserver.workers = 1\n";
 /// Of a key that is sent with two bodies, which is sent mostly.
 const BODIES: [&str; 2] = ["{\"body\":\"one\"}", "{\"body\":\"other\"}"];
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    fn ms(&mut self, from: u64, to: u64) -> Duration {
-        Duration::from_millis(from + self.below(to - from))
-    }
-}
 
 /// What the upstream did with one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
