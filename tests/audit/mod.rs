@@ -286,11 +286,12 @@ impl OfKey<'_> {
     fn unknowns(&self, wrong: &mut Vec<String>) {
         let began = self.calls.first().map_or(Duration::ZERO, |call| call.sent);
         let last = self.calls.iter().map(|call| call.ended).max().unwrap_or(began) + self.promise.aftermath;
-        for call in self.calls.iter().chain(self.ends) {
+        // A claim that cannot be given back in time is unknown for a while; not for ever.
+        let of_calls = self.calls.iter().map(|call| (call, &[Ill::Gateway, Ill::Store, Ill::Clock, Ill::Loss][..]));
+        let of_ends = self.ends.iter().map(|call| (call, &[Ill::Gateway, Ill::Store, Ill::Clock][..]));
+        for (call, ills) in of_calls.chain(of_ends) {
             let visited = self.visits.iter().any(|visit| !visit.did.tells() && visit.at <= call.ended);
-            // A claim that cannot be given back in time is unknown for a while; not for ever.
-            let loss = if self.ends.iter().any(|end| std::ptr::eq(end, call)) { Ill::Store } else { Ill::Loss };
-            let troubled = self.troubled(began, call.ended.min(last), &[Ill::Gateway, Ill::Store, Ill::Clock, loss]);
+            let troubled = self.troubled(began, call.ended.min(last), ills);
             if matches!(call.word, Word::Unknown | Word::JustUnknown) && !visited && !troubled {
                 wrong.push(format!("unknown without a reason: {call:?}, {:?}, {:?}", self.visits, self.calls));
             }

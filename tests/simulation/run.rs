@@ -16,7 +16,6 @@ use oncegate::store::{RecordId, Version};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Once};
 use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
@@ -63,8 +62,6 @@ struct Simulation<'a> {
     upstream: Upstream,
     upstream_host: Host,
     upstream_door: UnboundedSender<End>,
-    /// From the end on the upstream is reached at once.
-    calm: Arc<AtomicBool>,
     places: Vec<Place>,
     clients: Host,
     history: Arc<Mutex<History>>,
@@ -72,8 +69,8 @@ struct Simulation<'a> {
     wrong: Arc<Mutex<Vec<String>>>,
 }
 
-/// Runs it: what became of the keys, or what is wrong; and all that was seen, in text.
-pub(crate) fn run(plan: &Plan) -> (Result<Tally, Vec<String>>, String) {
+/// Runs it: what became of the keys, or what is wrong; and all that was seen.
+pub(crate) fn run(plan: &Plan) -> (Result<Tally, Vec<String>>, History) {
     note_panics();
     PANICS.with_borrow_mut(Vec::clear);
     world::set_now(Duration::ZERO);
@@ -92,7 +89,7 @@ pub(crate) fn run(plan: &Plan) -> (Result<Tally, Vec<String>>, String) {
         Ok(_) => Err(wrong),
         Err(found) => Err(found.into_iter().chain(wrong).collect()),
     };
-    (result, format!("{history:#?}"))
+    (result, history)
 }
 
 impl<'a> Simulation<'a> {
@@ -107,7 +104,7 @@ impl<'a> Simulation<'a> {
                 tokio::spawn(serving.clone().serve(stream));
             }
         });
-        let place = |_| Place { host: Host::new(0), door: Arc::default(), served: Arc::default(), back_at: None };
+        let place = |_| Place { host: Host::default(), door: Arc::default(), served: Arc::default(), back_at: None };
         let mut simulation = Self {
             plan,
             net: Net::default(),
@@ -115,7 +112,6 @@ impl<'a> Simulation<'a> {
             upstream,
             upstream_host,
             upstream_door,
-            calm: Arc::default(),
             places: (0..plan.gateways).map(place).collect(),
             clients: Host::new(plan.random(5).next()),
             history,
@@ -152,12 +148,12 @@ impl<'a> Simulation<'a> {
 
     fn connector(&mut self, gateway: usize) -> Connector {
         let random = Mutex::new(self.random.fork(gateway as u64));
-        let (net, door, calm) = (self.net.clone(), self.upstream_door.clone(), Arc::clone(&self.calm));
+        let (net, door, upstream) = (self.net.clone(), self.upstream_door.clone(), self.upstream.clone());
         let unreachable = self.plan.unreachable;
         Connector::new(move || {
             let mut random = random.lock().unwrap();
             let (pause, latency) = (random.ms(0, 5), random.ms(0, 8));
-            let fails = random.percent(unreachable) && !calm.load(Ordering::SeqCst);
+            let fails = random.percent(unreachable) && !upstream.is_calm();
             let (silent, slow) = (random.percent(30), random.ms(0, 1_500));
             let (net, door) = (net.clone(), door.clone());
             async move {
@@ -253,12 +249,9 @@ impl<'a> Simulation<'a> {
         let gateway = self.random.below(self.places.len() as u64) as usize;
         let single = self.plan.faults.single;
         match self.random.below(100) {
-            0..35 => {
-                let downtime = self.random.ms(1, 600);
-                self.kill(gateway, downtime);
-            }
-            35..50 => self.freeze(gateway, 20, 400),
-            50..60 => self.freeze(gateway, self.plan.lease.as_millis() as u64, 4_000),
+            0..35 => self.kill_for_a_while(gateway),
+            35..50 => self.freeze_for_a_moment(gateway),
+            50..60 => self.freeze_beyond_its_leases(gateway),
             60..75 if single => {
                 let full = self.random.percent(50);
                 self.trouble(Duration::from_millis(1), Ill::Store);
@@ -310,8 +303,22 @@ impl<'a> Simulation<'a> {
         place.back_at = Some(now() + downtime);
     }
 
-    fn freeze(&mut self, gateway: usize, from: u64, to: u64) {
-        let time = self.random.ms(from, to);
+    fn kill_for_a_while(&mut self, gateway: usize) {
+        let downtime = self.random.ms(1, 600);
+        self.kill(gateway, downtime);
+    }
+
+    fn freeze_for_a_moment(&mut self, gateway: usize) {
+        let time = self.random.ms(20, 400);
+        self.freeze(gateway, time);
+    }
+
+    fn freeze_beyond_its_leases(&mut self, gateway: usize) {
+        let time = self.random.ms(self.plan.lease.as_millis() as u64, 4_000);
+        self.freeze(gateway, time);
+    }
+
+    fn freeze(&mut self, gateway: usize, time: Duration) {
         self.trouble(time, Ill::Gateway);
         self.places[gateway].host.freeze(now() + time);
     }
@@ -329,12 +336,9 @@ impl<'a> Simulation<'a> {
         self.store.step();
         for gateway in self.store.struck() {
             match self.random.below(3) {
-                0 => {
-                    let downtime = self.random.ms(1, 600);
-                    self.kill(gateway, downtime);
-                }
-                1 => self.freeze(gateway, 20, 400),
-                _ => self.freeze(gateway, self.plan.lease.as_millis() as u64, 4_000),
+                0 => self.kill_for_a_while(gateway),
+                1 => self.freeze_for_a_moment(gateway),
+                _ => self.freeze_beyond_its_leases(gateway),
             }
         }
         self.clients.tick(tick);
@@ -356,7 +360,6 @@ impl<'a> Simulation<'a> {
         }
         self.store.calm();
         self.upstream.calm();
-        self.calm.store(true, Ordering::SeqCst);
         self.let_pass(if self.plan.jumps { SETTLED * 3 } else { SETTLED });
     }
 

@@ -218,16 +218,15 @@ impl World {
     /// The store as a gateway that starts finds it.
     pub(crate) fn open(&self, gateway: usize) -> Simulated {
         let mut inner = self.inner();
-        if inner.faults.single {
+        let shared = if inner.faults.single {
             inner.failed = false;
-            drop(inner);
-            return Box::new(Own(self.clone()));
-        }
-        let (watches, _) = Watches::new();
-        inner.watches[gateway] = Some(Arc::clone(&watches));
-        let time = StoreTime::new(inner.store_ms());
-        drop(inner);
-        Box::new(Shared { world: self.clone(), gateway, time, watches })
+            None
+        } else {
+            let (watches, _) = Watches::new();
+            inner.watches[gateway] = Some(Arc::clone(&watches));
+            Some((StoreTime::new(inner.store_ms()), watches))
+        };
+        Box::new(Seen { world: self.clone(), gateway, shared })
     }
 
     /// Gateways whose write has just landed, and that are to be struck for it.
@@ -304,12 +303,12 @@ fn unavailable(may_land_until_ms: Option<u64>) -> StoreError {
     StoreError::Unavailable { reason: "simulated".to_owned(), may_land_until_ms }
 }
 
-/// A shared store, as a gateway sees it.
-struct Shared {
+/// The store as a gateway sees it.
+struct Seen {
     world: World,
     gateway: usize,
-    time: StoreTime,
-    watches: Arc<Watches>,
+    /// `None`: it is the gateway's own. Acknowledged is durable then, in order; what is not may be either after a crash.
+    shared: Option<(StoreTime, Arc<Watches>)>,
 }
 
 /// Sent.
@@ -319,14 +318,22 @@ struct Sent {
     copies: bool,
 }
 
-impl Shared {
-    fn send(&self, request: Request) -> Result<Sent, StoreError> {
+impl Seen {
+    /// A reply, and until when another copy of what was sent may land.
+    async fn ask(&self, request: Request, urgency: Urgency) -> Result<(Reply, Option<u64>), StoreError> {
+        match &self.shared {
+            Some((time, _)) => self.ask_over_network(time, request).await,
+            None => Ok((self.ask_disk(request, urgency).await?, None)),
+        }
+    }
+
+    fn send(&self, time: &StoreTime, request: Request) -> Result<Sent, StoreError> {
         let mut inner = self.world.inner();
         if now() < inner.down_until.max(inner.cut_until[self.gateway]) {
             return Err(unavailable(None));
         }
         // Counted by the gateway's idea of the store's clock, which is never ahead.
-        let deadline_ms = self.time.now_ms() + TIMEOUT.as_millis() as u64;
+        let deadline_ms = time.now_ms() + TIMEOUT.as_millis() as u64;
         let (to, answer) = oneshot::channel();
         let (land, reply) = (now() + inner.random.ms(0, 5), inner.random.ms(0, 5));
         let percent = inner.faults.lossy;
@@ -361,14 +368,14 @@ impl Shared {
         Ok(Sent { answer, deadline_ms, copies })
     }
 
-    async fn ask(&self, request: Request) -> Result<(Reply, Option<u64>), StoreError> {
+    async fn ask_over_network(&self, time: &StoreTime, request: Request) -> Result<(Reply, Option<u64>), StoreError> {
         let creates = matches!(request, Request::Swap { expected: None, new: Some(_), .. });
         let writes = matches!(request, Request::Swap { .. });
-        let Sent { answer, deadline_ms, copies } = self.send(request)?;
+        let Sent { answer, deadline_ms, copies } = self.send(time, request)?;
         let Ok(Ok((told, store_ms))) = timeout(TIMEOUT, answer).await else {
             return Err(unavailable(writes.then_some(deadline_ms)));
         };
-        self.time.told(store_ms);
+        time.told(store_ms);
         // What comes too late may not be the only copy.
         let told = told.map_err(|error| match error {
             StoreError::Unavailable { .. } if copies => unavailable(Some(deadline_ms)),
@@ -376,83 +383,10 @@ impl Shared {
         });
         Ok((told?, (copies && creates).then_some(deadline_ms)))
     }
-}
 
-impl Backend for Shared {
-    fn get(&self, id: RecordId) -> Answer<'_, Option<Entry>> {
-        Box::pin(async move {
-            let (Reply::Entry(entry), _) = self.ask(Request::Get(id)).await? else { unreachable!() };
-            Ok(entry)
-        })
-    }
-
-    fn swap(
-        &self,
-        id: RecordId,
-        expected: Option<Version>,
-        new: Option<Value>,
-        now_ms: u64,
-        _urgency: Urgency,
-    ) -> Answer<'_, Swapped> {
-        Box::pin(async move {
-            let request = Request::Swap { id, expected, new, now_ms };
-            let (Reply::Swap(swap), may_land_until_ms) = self.ask(request).await? else { unreachable!() };
-            Ok(Swapped { swap, may_land_until_ms })
-        })
-    }
-
-    fn sweep(&self, now_ms: u64) -> Answer<'_, Duration> {
-        Box::pin(async move {
-            let (Reply::Pause(pause), _) = self.ask(Request::Sweep(now_ms)).await? else { unreachable!() };
-            Ok(pause)
-        })
-    }
-
-    fn list(&self, tag: Option<Tag>, after: u64, visit: usize) -> Answer<'_, Page> {
-        Box::pin(async move {
-            let (Reply::Page(page), _) = self.ask(Request::List { tag, after, visit }).await? else { unreachable!() };
-            Ok(page)
-        })
-    }
-
-    fn setting(&self, name: &str) -> Answer<'_, Option<Bytes>> {
-        let setting = at_once(self.world.inner().memory.setting(name));
-        Box::pin(async move { setting })
-    }
-
-    fn swap_setting(&self, name: &str, expected: Option<Bytes>, new: Bytes) -> Answer<'_, bool> {
-        let swapped = at_once(self.world.inner().memory.swap_setting(name, expected.as_deref(), &new));
-        Box::pin(async move { swapped })
-    }
-
-    fn unexpiring(&self) -> Result<Vec<(RecordId, Entry)>, StoreError> {
-        Ok(Vec::new())
-    }
-
-    fn newest_ms(&self) -> u64 {
-        0
-    }
-
-    fn time(&self) -> Option<StoreTime> {
-        Some(self.time.clone())
-    }
-
-    fn watch(&self, id: RecordId) -> Watch {
-        self.watches.watch(id)
-    }
-
-    fn status(&self) -> Status {
-        Status { created: false, ..self.world.inner().memory.status() }
-    }
-}
-
-/// A store of one gateway's own: acknowledged is durable, in order; what is not may be either after a crash.
-struct Own(World);
-
-impl Own {
-    async fn ask(&self, request: Request, urgency: Urgency) -> Result<Reply, StoreError> {
+    async fn ask_disk(&self, request: Request, urgency: Urgency) -> Result<Reply, StoreError> {
         let answer = {
-            let mut inner = self.0.inner();
+            let mut inner = self.world.inner();
             if inner.failed {
                 return Err(StoreError::Failed { reason: "a flush has failed".to_owned() });
             }
@@ -464,7 +398,10 @@ impl Own {
                 // A group commit: in order.
                 let land = (now() + inner.random.ms(1, 8)).max(inner.last_land);
                 inner.last_land = land;
-                inner.at(land, Act::Land { from: 0, request, deadline_ms: u64::MAX, answer: Some((land, to)) });
+                inner.at(
+                    land,
+                    Act::Land { from: self.gateway, request, deadline_ms: u64::MAX, answer: Some((land, to)) },
+                );
             } else {
                 let told = (inner.perform(request), 0);
                 let _ = to.send(told);
@@ -478,10 +415,10 @@ impl Own {
     }
 }
 
-impl Backend for Own {
+impl Backend for Seen {
     fn get(&self, id: RecordId) -> Answer<'_, Option<Entry>> {
         Box::pin(async move {
-            let Reply::Entry(entry) = self.ask(Request::Get(id), Urgency::Settle).await? else { unreachable!() };
+            let (Reply::Entry(entry), _) = self.ask(Request::Get(id), Urgency::Settle).await? else { unreachable!() };
             Ok(entry)
         })
     }
@@ -496,14 +433,16 @@ impl Backend for Own {
     ) -> Answer<'_, Swapped> {
         Box::pin(async move {
             let request = Request::Swap { id, expected, new, now_ms };
-            let Reply::Swap(swap) = self.ask(request, urgency).await? else { unreachable!() };
-            Ok(Swapped { swap, may_land_until_ms: None })
+            let (Reply::Swap(swap), may_land_until_ms) = self.ask(request, urgency).await? else { unreachable!() };
+            Ok(Swapped { swap, may_land_until_ms })
         })
     }
 
     fn sweep(&self, now_ms: u64) -> Answer<'_, Duration> {
         Box::pin(async move {
-            let Reply::Pause(pause) = self.ask(Request::Sweep(now_ms), Urgency::Settle).await? else { unreachable!() };
+            let (Reply::Pause(pause), _) = self.ask(Request::Sweep(now_ms), Urgency::Settle).await? else {
+                unreachable!()
+            };
             Ok(pause)
         })
     }
@@ -511,39 +450,40 @@ impl Backend for Own {
     fn list(&self, tag: Option<Tag>, after: u64, visit: usize) -> Answer<'_, Page> {
         Box::pin(async move {
             let request = Request::List { tag, after, visit };
-            let Reply::Page(page) = self.ask(request, Urgency::Settle).await? else { unreachable!() };
+            let (Reply::Page(page), _) = self.ask(request, Urgency::Settle).await? else { unreachable!() };
             Ok(page)
         })
     }
 
     fn setting(&self, name: &str) -> Answer<'_, Option<Bytes>> {
-        let setting = at_once(self.0.inner().memory.setting(name));
+        let setting = at_once(self.world.inner().memory.setting(name));
         Box::pin(async move { setting })
     }
 
     fn swap_setting(&self, name: &str, expected: Option<Bytes>, new: Bytes) -> Answer<'_, bool> {
-        let swapped = at_once(self.0.inner().memory.swap_setting(name, expected.as_deref(), &new));
+        let swapped = at_once(self.world.inner().memory.swap_setting(name, expected.as_deref(), &new));
         Box::pin(async move { swapped })
     }
 
+    /// What is in a shared store is others' too.
     fn unexpiring(&self) -> Result<Vec<(RecordId, Entry)>, StoreError> {
-        self.0.inner().memory.unexpiring()
+        if self.shared.is_some() { Ok(Vec::new()) } else { self.world.inner().memory.unexpiring() }
     }
 
     fn newest_ms(&self) -> u64 {
-        self.0.inner().memory.newest_ms()
+        self.world.inner().memory.newest_ms()
     }
 
     fn time(&self) -> Option<StoreTime> {
-        None
+        self.shared.as_ref().map(|(time, _)| time.clone())
     }
 
-    fn watch(&self, _id: RecordId) -> Watch {
-        Watch::polling()
+    fn watch(&self, id: RecordId) -> Watch {
+        self.shared.as_ref().map_or_else(Watch::polling, |(_, watches)| watches.watch(id))
     }
 
     fn status(&self) -> Status {
-        let inner = self.0.inner();
+        let inner = self.world.inner();
         let health = match (inner.failed, inner.full) {
             (true, _) => Health::Failed,
             (_, true) => Health::Full,

@@ -6,6 +6,7 @@ use crate::http;
 use crate::net::End;
 use crate::world::now;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
@@ -27,8 +28,8 @@ pub(crate) struct Upstream {
     /// How much goes wrong, in percent.
     trouble: u64,
     history: Arc<Mutex<History>>,
-    /// From the end on it executes at once.
-    calm: Arc<std::sync::atomic::AtomicBool>,
+    /// From the end on it is reached, and executes, at once.
+    calm: Arc<AtomicBool>,
 }
 
 /// How one request is answered.
@@ -50,7 +51,11 @@ impl Upstream {
     }
 
     pub(crate) fn calm(&self) {
-        self.calm.store(true, std::sync::atomic::Ordering::SeqCst);
+        self.calm.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_calm(&self) -> bool {
+        self.calm.load(Ordering::SeqCst)
     }
 
     /// Serves one connection.
@@ -99,7 +104,7 @@ impl Upstream {
             .bytes()
             .fold(self.seed, |hash, byte| hash.wrapping_mul(0x0100_0000_01b3).wrapping_add(u64::from(byte)));
         let mut random = Random(mixed.wrapping_add(count.wrapping_mul(0x9e37)));
-        let calm = self.calm.load(std::sync::atomic::Ordering::SeqCst) || !random.percent(self.trouble);
+        let calm = self.is_calm() || !random.percent(self.trouble);
         let plan = self.choose(&mut random, calm, &key);
         history.visit(&key, Visit { at: now(), body, did: plan.did });
         plan

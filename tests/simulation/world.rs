@@ -24,6 +24,8 @@ pub(crate) fn since_boot() -> Duration {
     now() + Duration::from_secs(3600)
 }
 
+/// Dead by default.
+#[derive(Default)]
 pub(crate) struct Host {
     /// `None`: it is dead.
     runtime: Option<Runtime>,
@@ -42,7 +44,7 @@ impl Host {
         #[cfg(not(tokio_unstable))]
         let _ = seed;
         let runtime = builder.enable_time().start_paused(true).build().unwrap();
-        Self { runtime: Some(runtime), frozen: None, behind: Duration::ZERO }
+        Self { runtime: Some(runtime), ..Self::default() }
     }
 
     pub(crate) fn spawn(&self, future: impl Future<Output = ()> + Send + 'static) {

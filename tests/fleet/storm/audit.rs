@@ -169,13 +169,13 @@ impl Storm {
     /// The record of a key, as a gateway's admin address shows it.
     fn record(&self, key: &str) -> Option<serde_json::Value> {
         let held = self.places[0].gateway.lock().unwrap();
-        let mut page = held.as_ref().unwrap().admin(&format!("/records?key={key}&limit=1000")).json();
+        let mut after = String::new();
         loop {
+            let page = held.as_ref().unwrap().admin(&format!("/records?key={key}&limit=1000{after}")).json();
             if let Some(record) = page["records"].as_array()?.first() {
                 return Some(record.clone());
             }
-            let next = page["next"].as_str()?;
-            page = held.as_ref().unwrap().admin(&format!("/records?key={key}&limit=1000&after={next}")).json();
+            after = format!("&after={}", page["next"].as_str()?);
         }
     }
 
