@@ -172,7 +172,9 @@ async fn futures(store: &Postgres, ids: std::ops::Range<u64>) -> Vec<Result<Opti
     // All are begun before the first is waited for.
     std::future::poll_fn(|cx| {
         for (look, result) in looks.iter_mut().zip(&mut results) {
-            if let (None, Poll::Ready(done)) = (&result, look.as_mut().poll(cx)) {
+            if result.is_none()
+                && let Poll::Ready(done) = look.as_mut().poll(cx)
+            {
                 *result = Some(done);
             }
         }
