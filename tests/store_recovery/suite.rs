@@ -584,9 +584,18 @@ async fn go_on(store: &Embedded, first: u64, held: &mut BTreeMap<u64, Entry>) ->
     Ok(())
 }
 
+/// Waits until sled's threads have let go of its file, which they do some time after it was dropped: to whoever opens it
+/// before, it is an index that cannot be used, and is made anew.
+fn let_go(path: &Path) {
+    if let Ok(file) = std::fs::File::open(path.join("index/db")) {
+        file.lock().unwrap();
+    }
+}
+
 /// Takes one entry out of the index, behind its back.
 fn lose(path: &Path, n: u64) {
     let index = path.join("index");
+    let_go(path);
     match ENGINE {
         Engine::Sled => {
             let db = sled::open(index).unwrap();
@@ -601,6 +610,7 @@ fn lose(path: &Path, n: u64) {
             db.persist(fjall::PersistMode::SyncAll).unwrap();
         }
     }
+    let_go(path);
 }
 
 #[test]
@@ -632,6 +642,7 @@ fn another_engine_takes_over_with_all_records() {
         assert!(!path.join("index").join(strange).exists());
         let mark = path.join("index/mark");
         std::fs::write(&mark, b"").unwrap();
+        let_go(&path);
         let store = Embedded::open_tuned(&options, small()).unwrap();
         assert!(mark.exists(), "it was rebuilt for nothing");
         assert_holds(&store, &held);
