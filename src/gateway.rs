@@ -10,6 +10,7 @@ pub mod identity;
 pub mod jwt;
 pub mod key;
 pub mod lookup;
+mod memo;
 mod observe;
 mod options;
 mod pass;

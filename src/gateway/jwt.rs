@@ -5,13 +5,13 @@ mod keys;
 #[cfg(test)]
 mod tests;
 
+use super::memo::Memo;
 use super::problem::{Code, Problem};
 use crate::idempotency::Millis;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jwk::{Found, KeySet};
 pub use keys::{Keys, Source};
-use moka::sync::Cache;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, MapAccess, Visitor};
 use serde_json::Value;
@@ -36,11 +36,10 @@ pub struct Auth {
     options: Options,
     keys: Keys,
     /// By the token's digest: a signature costs more than all else that a replay takes.
-    verified: Cache<[u8; 32], Verified>,
+    verified: Memo<Verified>,
 }
 
 /// A token that has been verified.
-#[derive(Clone, Debug)]
 struct Verified {
     claims: Arc<Claims>,
     /// Not from this moment on.
@@ -55,6 +54,14 @@ pub struct Claims {
     /// A subject is unique within its issuer alone (RFC 7519 §4.1.2).
     issuer: Option<String>,
     values: Vec<(String, Claim)>,
+}
+
+impl Claims {
+    /// Bytes in memory, about.
+    fn weight(&self) -> usize {
+        let values = self.values.iter().map(|(name, claim)| name.len() + claim.parts().1.len());
+        OVERHEAD_BYTES + self.issuer.as_ref().map_or(0, String::len) + values.sum::<usize>()
+    }
 }
 
 /// A claim's value; `"1"` and `1` are two.
@@ -118,12 +125,7 @@ const OVERHEAD_BYTES: usize = 300;
 impl Auth {
     #[must_use]
     pub fn new(options: Options, keys: Keys) -> Self {
-        let weigh = |_: &[u8; 32], verified: &Verified| {
-            let claims = verified.claims.values.iter().map(|(name, claim)| name.len() + claim.parts().1.len());
-            let issuer = verified.claims.issuer.as_ref().map_or(0, String::len);
-            u32::try_from(OVERHEAD_BYTES + issuer + claims.sum::<usize>()).unwrap_or(u32::MAX)
-        };
-        Self { options, keys, verified: Cache::builder().max_capacity(VERIFIED_MAX).weigher(weigh).build() }
+        Self { options, keys, verified: Memo::new(VERIFIED_MAX) }
     }
 
     /// Looks for new keys whenever that is due, for ever.
@@ -150,7 +152,7 @@ impl Auth {
             && verified.generation == set.generation
             && now < verified.expires
         {
-            return Ok(verified.claims);
+            return Ok(Arc::clone(&verified.claims));
         }
         let token = Token::parse(token)?;
         let mut signed = token.check(&set);
@@ -167,7 +169,7 @@ impl Auth {
         let (claims, expires) = self.judge(&token.claims()?, now)?;
         let claims = Arc::new(claims);
         let verified = Verified { claims: Arc::clone(&claims), expires, generation: set.generation };
-        self.verified.insert(digest, verified);
+        self.verified.insert(digest, claims.weight(), verified);
         Ok(claims)
     }
 

@@ -4,6 +4,7 @@
 use super::body::join;
 use super::forward::outcome_word;
 use super::key::Key;
+use super::memo::Memo;
 use super::path::{NormalPath, Params};
 use super::problem::Problem;
 use super::reply::to_omitted;
@@ -23,8 +24,6 @@ use http::request::Parts;
 use http::{Request, response};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
-use moka::ops::compute::Op;
-use moka::sync::Cache;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
@@ -34,12 +33,12 @@ const RECORDS_MAX: u64 = 50_000;
 
 /// The records as they would be, for all workers.
 pub(super) struct Model {
-    records: Cache<RecordId, Record>,
+    records: Memo<Mutex<Option<Record>>>,
 }
 
 impl Default for Model {
     fn default() -> Self {
-        Self { records: Cache::new(RECORDS_MAX) }
+        Self { records: Memo::new(RECORDS_MAX) }
     }
 }
 
@@ -174,18 +173,19 @@ impl Observed {
 
     fn step(&self, id: RecordId, event: &Event) -> Decision {
         let (policy, now): (_, Millis) = (&self.route.options.policy, self.gateway.ledger.now());
-        let mut decided = Decision::Superseded;
-        self.gateway.model.records.entry(id).and_compute_with(|entry| {
-            let stored = entry.map(moka::Entry::into_value);
-            let Step { write, decision } = step(policy, now, stored.as_ref(), event);
-            decided = decision;
-            match write {
-                Write::Keep => Op::Nop,
-                Write::Put(record) => Op::Put(record),
-                Write::Remove => Op::Remove,
-            }
-        });
-        decided
+        let mut name = [0; 32];
+        if let Some(start) = name.first_chunk_mut() {
+            *start = id.0;
+        }
+        let slot = self.gateway.model.records.get_or_default(name);
+        let mut stored = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let Step { write, decision } = step(policy, now, stored.as_ref(), event);
+        match write {
+            Write::Keep => {}
+            Write::Put(record) => *stored = Some(record),
+            Write::Remove => *stored = None,
+        }
+        decision
     }
 
     /// Counts and logs what would have become of the request; that is all there is to say of it, unless it is claimed.

@@ -2,6 +2,7 @@
 
 use super::forward::{Exchange, Unrecorded, exchange};
 use super::headers::prepare_request;
+use super::memo::{self, Memo};
 use super::problem::{Code, Problem};
 use super::question::{Asked, Template, question};
 use super::reply::recordable;
@@ -9,10 +10,8 @@ use super::{Gateway, Intercepted, Route, Unrecorded as SharedResponse};
 use crate::ledger::Credentials;
 use http::header::HOST;
 use http::uri::PathAndQuery;
-use http::{HeaderMap, StatusCode};
-use moka::ops::compute::Op;
-use moka::sync::Cache;
-use std::sync::Arc;
+use http::{HeaderMap, HeaderValue, StatusCode};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::OnceCell;
 use tokio::time::{Instant, timeout_at};
@@ -33,12 +32,11 @@ const BODY_MAX: usize = 1 << 20;
 /// Bytes of a denial that is kept; one with a longer body is for those who wait for it.
 const DENIAL_MAX: usize = 4 << 10;
 
-/// Who asks, and what for: the credentials with the target and the host that they are shown to.
-#[derive(Clone, PartialEq, Eq, Hash)]
-struct Name {
-    credentials: [u8; 32],
-    target: PathAndQuery,
-    host: Vec<u8>,
+/// Who asks, and what for: the credentials with the host and the target that they are shown to.
+fn name(credentials: &Credentials, host: &[u8], target: &PathAndQuery) -> memo::Name {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&credentials.0).update(&(host.len() as u64).to_le_bytes()).update(host);
+    *hasher.update(target.as_str().as_bytes()).finalize().as_bytes()
 }
 
 enum Verdict {
@@ -67,12 +65,12 @@ impl Answer {
 
 /// What the upstream has said, for all workers.
 pub(super) struct Probes {
-    answers: Cache<Name, Arc<OnceCell<Answer>>>,
+    answers: Memo<Mutex<Arc<OnceCell<Answer>>>>,
 }
 
 impl Default for Probes {
     fn default() -> Self {
-        Self { answers: Cache::new(VERDICTS_MAX) }
+        Self { answers: Memo::new(VERDICTS_MAX) }
     }
 }
 
@@ -105,13 +103,14 @@ impl Gateway {
         let (Some(options), Some(target)) = (&caller.route.options.probe, &caller.target) else {
             return Err(failed());
         };
-        let host = caller.headers.get(HOST).map(|host| host.as_bytes().to_vec()).unwrap_or_default();
-        let name = Name { credentials: caller.credentials.0, target: target.clone(), host };
+        let host = caller.headers.get(HOST).map(HeaderValue::as_bytes).unwrap_or_default();
+        let name = name(&caller.credentials, host, target);
         let arrived = Instant::now();
         // Of a question that was under way already, the answer may be too old to count, and another is asked.
         let deadline = arrived + options.timeout * 2;
         loop {
-            let cell = self.probes.answers.get_with(name.clone(), Arc::default);
+            let slot = self.probes.answers.get_or_default(name);
+            let cell = Arc::clone(&slot.lock().unwrap_or_else(PoisonError::into_inner));
             let asked = cell.get_or_init(|| async {
                 let asked_at = Instant::now();
                 let verdict = timeout_at(asked_at + options.timeout, self.ask(caller, target)).await;
@@ -129,10 +128,10 @@ impl Gateway {
             let counts = asked_at >= arrived
                 || if kept { asked_at.elapsed() < options.cache } else { answer.answered_at >= arrived };
             if !kept || !counts {
-                self.probes.answers.entry(name.clone()).and_compute_with(|there| match there {
-                    Some(there) if Arc::ptr_eq(there.value(), &cell) => Op::Remove,
-                    _ => Op::Nop,
-                });
+                let mut there = slot.lock().unwrap_or_else(PoisonError::into_inner);
+                if Arc::ptr_eq(&there, &cell) {
+                    *there = Arc::default();
+                }
             }
             if counts {
                 return match &answer.verdict {
