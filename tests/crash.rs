@@ -1,6 +1,7 @@
 //! `kill -9` under load: no key is executed twice, and nothing that a client has seen is forgotten.
 //!
-//! `ONCEGATE_KILLS` says how often (20, or 8 with fjall), `ONCEGATE_SEED` repeats a run's choices.
+//! `ONCEGATE_KILLS` says how often (20, or 8 with fjall), `ONCEGATE_PAIRS` how many pairs of faults are tried (60, or `all`);
+//! `ONCEGATE_SEED` repeats a run's choices.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stderr)]
 
@@ -14,6 +15,9 @@ mod random;
 #[cfg(feature = "failpoints")]
 #[path = "crash/failpoints.rs"]
 mod failpoints;
+#[cfg(feature = "failpoints")]
+#[path = "crash/sweep.rs"]
+mod sweep;
 
 use random::Random;
 use std::collections::BTreeMap;

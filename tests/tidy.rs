@@ -36,14 +36,14 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("fault", &[]),
     // Resolves the raw configuration into everybody's options.
     ("config", &["admin", "gateway", "idempotency", "ledger", "pem", "server", "store", "telemetry"]),
-    ("server", &["gateway", "pem", "telemetry", "clock", "timer"]),
+    ("server", &["fault", "gateway", "pem", "telemetry", "clock", "timer"]),
     ("gateway", &["fault", "ledger", "idempotency", "pem", "telemetry", "timer"]),
     ("ledger", &["idempotency", "store", "telemetry", "clock"]),
     ("admin", &["ledger", "telemetry", "server", "idempotency", "store"]),
     ("telemetry", &[]),
     ("clock", &["idempotency"]),
     ("idempotency", &[]),
-    ("store", &[]),
+    ("store", &["fault"]),
     ("pem", &[]),
     ("timer", &[]),
 ];

@@ -1,6 +1,7 @@
 //! What a proxy has cost, and whether the machine was quiet meanwhile.
 
 use rustix::thread::CpuSet;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs;
 use std::hint::spin_loop;
@@ -52,8 +53,9 @@ pub struct Usage {
     pub written_bytes: u64,
 }
 
-/// A process and its descendants, as they were found.
-pub struct Tree(Vec<u32>);
+/// A process and its descendants, as they were found, and what each was last seen to have used: one may end meanwhile, as
+/// nginx's cache loader does.
+pub struct Tree(Vec<u32>, RefCell<HashMap<u32, Usage>>);
 
 impl Tree {
     pub fn of_all(roots: impl IntoIterator<Item = u32>) -> Result<Self> {
@@ -70,7 +72,7 @@ impl Tree {
             tree.extend(children.remove(&tree[at]).unwrap_or_default());
             at += 1;
         }
-        Ok(Self(tree))
+        Ok(Self(tree, RefCell::default()))
     }
 
     pub fn pids(&self) -> &[u32] {
@@ -79,10 +81,15 @@ impl Tree {
 
     pub fn usage(&self) -> Usage {
         let mut sum = Usage::default();
+        let mut seen = self.1.borrow_mut();
         for &pid in &self.0 {
-            sum.cpu += cpu_clock(pid).unwrap_or_default();
-            sum.user += stat_fields(pid).and_then(|fields| ticks(fields.get(11)?)).unwrap_or_default();
-            sum.written_bytes += field(&format!("/proc/{pid}/io"), "write_bytes:").unwrap_or(0);
+            let last = seen.entry(pid).or_default();
+            last.cpu = cpu_clock(pid).unwrap_or(last.cpu);
+            last.user = stat_fields(pid).and_then(|fields| ticks(fields.get(11)?)).unwrap_or(last.user);
+            last.written_bytes = field(&format!("/proc/{pid}/io"), "write_bytes:").unwrap_or(last.written_bytes);
+            sum.cpu += last.cpu;
+            sum.user += last.user;
+            sum.written_bytes += last.written_bytes;
         }
         sum
     }

@@ -138,7 +138,10 @@ impl Forward {
     }
 
     async fn run(mut self: Box<Self>, lead: Lead_) {
-        let mut result: Result<SharedClaim, StoreError> = lead.claim().await;
+        let mut result: Result<SharedClaim, StoreError> = match fault::step("before-claim") {
+            Ok(()) => lead.claim().await,
+            Err(error) => Err(StoreError::Failed { reason: error.to_string() }),
+        };
         if let Ok(ClaimResult::LookUp(inquiry)) = result {
             match Box::pin(self.look_up(inquiry)).await {
                 Ok(told) => result = Ok(told),
@@ -183,7 +186,10 @@ impl Forward {
             Err((why, problem)) => return self.settle_without_response(claim, why, problem).await,
         };
         self.gateway.metrics.upstream_seconds.observe(started.elapsed());
-        fault::point("after-forward");
+        let done = match fault::step("after-forward") {
+            Ok(()) => done,
+            Err(error) => Exchange::Failed(SendError::Broken(error)),
+        };
         let (why, problem) = match done {
             Exchange::Complete(head, body) => {
                 self.settle_complete(claim, head, body).await;

@@ -10,6 +10,7 @@ pub mod tls;
 
 use super::body::ForwardBody;
 use super::reply::BodyError;
+use crate::fault;
 use crate::pem::FileError;
 use crate::telemetry::Metrics;
 use crate::timer::Timer;
@@ -187,21 +188,24 @@ impl Upstream {
             if !may_send() {
                 return Err(SendError::Withheld);
             }
-            let Head { response, framing, keep } =
-                match out.exchange(&mut link, patience, self.options.idle_timeout).await {
-                    Ok(head) => head,
-                    Err(Failure::Unsent(_)) if reused => continue,
-                    Err(Failure::Unsent(error)) => {
-                        return Err(SendError::Unreachable { error, proxy_error: "connection_terminated" });
-                    }
-                    Err(Failure::Unanswered(_)) if reused && safe && out.rewind() => {
-                        self.metrics.upstream_retries.inc();
-                        pooled_left = 0;
-                        continue;
-                    }
-                    Err(Failure::Unanswered(error)) => return Err(SendError::Broken(error)),
-                    Err(Failure::Final(error)) => return Err(error),
-                };
+            let exchanged = match fault::step("before-send") {
+                Ok(()) => out.exchange(&mut link, patience, self.options.idle_timeout).await,
+                Err(error) => Err(Failure::Unsent(error)),
+            };
+            let Head { response, framing, keep } = match exchanged {
+                Ok(head) => head,
+                Err(Failure::Unsent(_)) if reused => continue,
+                Err(Failure::Unsent(error)) => {
+                    return Err(SendError::Unreachable { error, proxy_error: "connection_terminated" });
+                }
+                Err(Failure::Unanswered(_)) if reused && safe && out.rewind() => {
+                    self.metrics.upstream_retries.inc();
+                    pooled_left = 0;
+                    continue;
+                }
+                Err(Failure::Unanswered(error)) => return Err(SendError::Broken(error)),
+                Err(Failure::Final(error)) => return Err(error),
+            };
             if reused {
                 self.metrics.upstream_reused.inc();
             }
@@ -211,6 +215,8 @@ impl Upstream {
     }
 
     async fn connect(&self) -> Result<Link, SendError> {
+        fault::step("before-connect")
+            .map_err(|error| SendError::Unreachable { error, proxy_error: "connection_refused" })?;
         let link = Link::new(connect::connect(&self.options).await?);
         self.metrics.upstream_connections.inc();
         Ok(link)

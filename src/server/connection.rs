@@ -3,6 +3,7 @@
 use super::timed_io::{Busy, TimedIo};
 use super::tls::Tls;
 use super::{Limits, Place, http2};
+use crate::fault;
 use crate::gateway::reply::{BodyError, ReplyBody};
 use crate::gateway::{Gateway, Peer};
 use bytes::Bytes;
@@ -12,7 +13,6 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use std::convert::Infallible;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -58,6 +58,9 @@ pub(super) async fn serve<S>(stream: S, negotiated: Option<bool>, place: Place, 
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    if let Err(error) = fault::step("after-accept") {
+        return tracing::debug!(%error, "a client connection ended before its first request");
+    }
     let mut io = TimedIo::new(stream, place, setting.limits.clone());
     let preface = match unless_drained(&setting.drain, io.begins_with_preface()).await {
         Some(Ok(preface)) => preface,
@@ -91,12 +94,13 @@ where
         let (gateway, peer, drain) = (Arc::clone(&gateway), Arc::clone(&peer), drain.clone());
         async move {
             let mut response = gateway.handle(request, &peer).await;
+            fault::step("before-answer")?;
             if response.status() == StatusCode::SWITCHING_PROTOCOLS {
                 busy.switch();
             } else if drain.is_cancelled() {
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
-            Ok::<_, Infallible>(response.map(|body| ServedBody { body, _busy: busy }))
+            Ok::<_, std::io::Error>(response.map(|body| ServedBody { body, _busy: busy }))
         }
     });
     let connection = http1::Builder::new()

@@ -5,6 +5,7 @@ use super::chunked::{Chunked, Piece, take_data};
 use super::connect::Stream;
 use super::head::{Asked, Framing, HEAD_MAX, Head, put_field, take};
 use super::{Patience, SendError, Upstream};
+use crate::fault;
 use crate::gateway::body::ForwardBody;
 use crate::gateway::headers::list;
 use crate::gateway::reply::BodyError;
@@ -262,7 +263,11 @@ impl Outgoing {
     ) -> Poll<Result<Head, Failure>> {
         if !self.flushed && receiving.failed.is_none() {
             match self.poll_write(cx, &mut link.stream) {
-                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Ok(())) => {
+                    if let Err(error) = fault::step("after-send") {
+                        return Poll::Ready(Err(Failure::Unanswered(error)));
+                    }
+                }
                 Poll::Ready(Err(WriteError::Stream(error))) if !self.touched => {
                     return Poll::Ready(Err(Failure::Unsent(error)));
                 }

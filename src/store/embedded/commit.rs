@@ -2,6 +2,7 @@
 
 use super::state::{IdMap, Live, SegmentState};
 use super::{Durability, Lookup, Shared};
+use crate::fault;
 use crate::store::index::Located;
 use crate::store::log::expiry::ExpiryHistogram;
 use crate::store::log::frame::{
@@ -356,10 +357,13 @@ impl Committer {
         let flags = if strict { 0 } else { FLAG_RELAXED };
         let frame_at = self.end;
         let bytes = self.frame.finish(flags, self.active.uid, self.next_frame, self.next_version, self.time_ms);
+        fault::step("before-append")?;
         self.active.file.write_all_at(bytes, frame_at)?;
+        fault::step("before-sync")?;
         if strict {
             self.active.file.sync_data()?;
         }
+        fault::step("after-sync")?;
         self.end += needed;
         self.next_frame += 1;
         self.shared.newest_ms.fetch_max(self.time_ms, Ordering::AcqRel);

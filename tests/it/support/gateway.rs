@@ -215,6 +215,11 @@ impl Gateway {
         eventually("the gateway ends", || self.child.try_wait().unwrap()).code()
     }
 
+    /// Whether the process has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
     /// Everything it has logged so far.
     pub fn log(&self) -> String {
         self.log.lines.lock().unwrap().0.join("\n")
