@@ -1,6 +1,8 @@
 //! Power cuts under load: the file system is shut down as if its power had been cut (`EXT4_IOC_SHUTDOWN` without flushing
 //! the journal), mounted again, and the store must open by itself with everything that was acknowledged.
 //!
+//! `ONCEGATE_CUTS` says how often (14, with each engine).
+//!
 //! Needs root, a loop device, ext4 and python3 (for the ioctl). Says so loudly where it has to be skipped.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::print_stdout, clippy::print_stderr)]
@@ -317,7 +319,13 @@ fn with_fjall_nothing_acknowledged_is_lost_in_a_power_cut() {
     nothing_acknowledged_is_lost(Engine::Fjall);
 }
 
+/// As often as `ONCEGATE_CUTS` says; from time to time with a new store.
 fn nothing_acknowledged_is_lost(engine: Engine) {
+    let cuts = std::env::var("ONCEGATE_CUTS").map_or(14, |text| text.parse().expect("ONCEGATE_CUTS"));
+    (0..cuts).step_by(14).for_each(|done| one_store_loses_nothing(engine, (cuts - done).min(14)));
+}
+
+fn one_store_loses_nothing(engine: Engine, cuts: u64) {
     let dir = tempfile::tempdir().unwrap();
     let Some(disk) = Disk::new(dir.path()) else {
         return skip("needs root, a loop device and ext4, to cut the power of a file system");
@@ -326,7 +334,7 @@ fn nothing_acknowledged_is_lost(engine: Engine) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let mut acknowledged = BTreeMap::new();
     let mut first = 0;
-    for round in 0..14_u64 {
+    for round in 0..cuts {
         // From the midst of its beginnings to after many retirements.
         let after = Duration::from_millis([0, 3, 40, 150, 400][(round % 5) as usize] + round * 7);
         let new = strike(&disk, &path, engine, first, after, false);

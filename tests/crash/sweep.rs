@@ -62,7 +62,9 @@ struct Story {
     upstream: Upstream,
     /// Answers that bear what the upstream said.
     seen: Vec<Response>,
+    /// Those that may yet strike, and all of them.
     faults: Vec<Fault>,
+    all: Vec<Fault>,
 }
 
 impl Story {
@@ -70,14 +72,14 @@ impl Story {
         self.faults.iter().map(Fault::to_string).collect::<Vec<_>>().join(",")
     }
 
-    fn environment(&self) -> Vec<(&'static str, String)> {
-        vec![("ONCEGATE_FAILPOINT", self.spec())]
-    }
-
-    fn start_again(&self, gateway: &Gateway) -> Gateway {
-        let environment = self.environment();
-        let environment = environment.iter().map(|(name, value)| (*name, value.as_str())).collect::<Vec<_>>();
-        gateway.again(&environment).unwrap_or_else(|refusal| panic!("it did not start again: {refusal:?}"))
+    /// With the faults that are left. They may strike as it starts, since that writes, too; then without.
+    fn start_again(&mut self, gateway: &Gateway) -> Gateway {
+        let started = gateway.again(&[("ONCEGATE_FAILPOINT", &self.spec())]).or_else(|refusal| {
+            assert!(!self.faults.is_empty(), "it did not start again: {refusal:?}");
+            self.faults.clear();
+            gateway.again(&[("ONCEGATE_FAILPOINT", "")])
+        });
+        started.unwrap_or_else(|refusal| panic!("it did not start again: {refusal:?}"))
     }
 
     /// One answer; `None`: none came.
@@ -128,7 +130,11 @@ impl Story {
     }
 
     /// By a gateway with which nothing is wrong any more. How the key ended.
-    fn end(&mut self, mut gateway: Gateway, delays_alone: bool) -> &'static str {
+    fn end(&mut self, mut gateway: Gateway) -> &'static str {
+        let delays_alone = self.all.iter().all(|fault| fault.action == "delay");
+        // An outcome that cannot be recorded is delivered all the same.
+        let lossy = |fault: &Fault| fault.point.ends_with(":2") && ["error", "panic"].contains(&fault.action);
+        let may_lose = self.all.iter().any(lossy);
         gateway.kill();
         self.faults.clear();
         gateway = self.start_again(&gateway);
@@ -143,9 +149,13 @@ impl Story {
         };
         assert!(self.upstream.executions("k") <= 1, "executed {} times", self.upstream.executions("k"));
         if end == "unknown" {
-            assert!(self.seen.is_empty(), "unknown after {:?}", self.seen);
+            assert!(self.seen.is_empty() || may_lose, "unknown after {:?}", self.seen);
         }
-        assert!(self.seen.iter().all(|seen| seen.body == answer.body), "{:?}, but {answer:?}", self.seen);
+        assert!(
+            end == "unknown" || self.seen.iter().all(|seen| seen.body == answer.body),
+            "{:?}, but {answer:?}",
+            self.seen
+        );
         assert!(!delays_alone || end == "replayed", "{end}");
         assert_eq!(gateway.post("other", "{}").status, 201);
         assert_eq!(self.upstream.executions("other"), 1);
@@ -154,15 +164,13 @@ impl Story {
 }
 
 fn run(faults: Vec<Fault>) -> &'static str {
-    let delays_alone = faults.iter().all(|fault| fault.action == "delay");
     let upstream = Upstream::scripted(|request, reply| reply.send(201, &[], format!("run {}", request.number)));
-    let mut story = Story { upstream, seen: Vec::new(), faults };
-    let environment = story.environment();
-    let environment = environment.iter().map(|(name, value)| (*name, value.as_str())).collect::<Vec<_>>();
-    let dir = Arc::new(tempfile::tempdir().unwrap());
+    let mut story = Story { upstream, seen: Vec::new(), all: faults.clone(), faults };
+    let (dir, spec) = (Arc::new(tempfile::tempdir().unwrap()), story.spec());
+    let environment = [("ONCEGATE_FAILPOINT", spec.as_str())];
     let gateway = Gateway::try_start(dir, &story.upstream.url(), SETTINGS, &[], &environment).unwrap();
     let gateway = story.tell(gateway);
-    story.end(gateway, delays_alone)
+    story.end(gateway)
 }
 
 #[test]
