@@ -35,7 +35,7 @@ use slope::Sample;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 use upstream::Upstream;
@@ -92,24 +92,24 @@ fn soak(engine: &'static str, dir: &Path, length: Duration, mut random: Random) 
     let gateway = Gateway::start(dir, engine, upstream.addr);
     let end = Instant::now() + length;
     let (load_random, revisit_random, mut fault_random) = (random.fork(2), random.fork(3), random.fork(4));
-    let (stop_sampling, sampling) = channel();
-    let (stop_faults, faults) = channel();
+    let (stop_sampling, sampling) = channel::<()>();
+    let (stop_faults, faults) = channel::<()>();
     let samples = thread::scope(|scope| {
-        let samples = scope.spawn(|| sample(&gateway, &world, length, &sampling));
-        scope.spawn(|| disturb(&gateway, &upstream, &world, &mut fault_random, &faults));
+        let (gateway, upstream, shared) = (&gateway, &*upstream, &*world);
+        let samples = scope.spawn(move || sample(gateway, shared, length, &sampling));
+        scope.spawn(move || disturb(gateway, upstream, shared, &mut fault_random, &faults));
         load::run(&world, gateway.addr, load_random, end);
-        finish(stop_faults);
-        finish(stop_sampling);
+        drop((stop_faults, stop_sampling));
         samples.join().unwrap()
     });
     gateway.settles(&world);
-    // The upstream may have been away until now.
-    thread::sleep(Duration::from_secs(1));
+    let in_progress = || world.answers.lock().unwrap().get("409 in_progress").copied();
+    let before = in_progress();
     load::revisit(&world, gateway.addr, revisit_random);
-    gateway.settles(&world);
-    if let Some(count) = world.answers.lock().unwrap().get("409 in_progress") {
-        println!("{engine}: {count} × in_progress in all");
+    if in_progress() != before {
+        world.violated("in progress, when nothing is");
     }
+    gateway.settles(&world);
     gateway.end(&world);
     let answers = std::mem::take(&mut *world.answers.lock().unwrap());
     let counted = answers.iter().map(|(label, count)| format!("{label}: {count}")).collect::<Vec<_>>().join(", ");
@@ -117,10 +117,6 @@ fn soak(engine: &'static str, dir: &Path, length: Duration, mut random: Random) 
     println!("{engine}: {} violations", world.violations());
     let (table, flat) = slope::table(engine, &samples, length);
     Outcome { table, csv: slope::csv(engine, &samples), good: flat && world.violations() == 0 }
-}
-
-fn finish(stop: Sender<()>) {
-    drop(stop);
 }
 
 /// Whether there is still time after the pause.

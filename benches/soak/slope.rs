@@ -43,8 +43,8 @@ fn fit(points: &[(f64, f64)]) -> Option<Fit> {
 fn blocks(samples: &[Sample], figure: usize, block: Duration) -> Vec<(f64, f64)> {
     let Some(first) = samples.first() else { return Vec::new() };
     let number = |sample: &Sample| (sample.at - first.at).as_nanos() / block.as_nanos().max(1);
-    let chunks = samples.chunk_by(|a, b| number(a) == number(b));
-    let full = chunks.clone().map(<[Sample]>::len).max().unwrap_or(0);
+    let chunks = samples.chunk_by(|a, b| number(a) == number(b)).collect::<Vec<_>>();
+    let full = chunks.iter().map(|chunk| chunk.len()).max().unwrap_or(0);
     let mean = |chunk: &[Sample]| {
         // In a moment of disturbance there is no latency.
         let known = chunk.iter().filter(|sample| sample.figures[figure].is_finite());
@@ -54,7 +54,7 @@ fn blocks(samples: &[Sample], figure: usize, block: Duration) -> Vec<(f64, f64)>
         (count > 0.0).then(|| (x / count, y / count))
     };
     // The last one may be a small rest.
-    chunks.filter(|chunk| 2 * chunk.len() > full).filter_map(mean).collect()
+    chunks.into_iter().filter(|chunk| 2 * chunk.len() > full).filter_map(mean).collect()
 }
 
 /// A table of slopes, and whether all are flat.

@@ -87,6 +87,7 @@ pub(crate) struct World {
     pub(crate) keys: Mutex<Keys>,
     pub(crate) outages: Mutex<Outages>,
     next: AtomicU64,
+    serial: AtomicU64,
     /// Odd while the gateway is stopped or the upstream away.
     disturbed: AtomicU64,
     violations: AtomicU64,
@@ -103,6 +104,7 @@ impl World {
             keys: Mutex::default(),
             outages: Mutex::default(),
             next: AtomicU64::new(2),
+            serial: AtomicU64::new(1),
             disturbed: AtomicU64::new(0),
             violations: AtomicU64::new(0),
             latencies: Mutex::default(),
@@ -192,7 +194,7 @@ impl World {
 
     /// A request arrives at the upstream: may it? Its serial number.
     pub(crate) fn arrived(&self, number: u64, script: Script, request: &Message) -> u64 {
-        let serial = self.number();
+        let serial = self.serial.fetch_add(1, Ordering::Relaxed);
         let mut keys = self.keys.lock().unwrap();
         let arrived = Instant::now();
         let Some(key) = keys.keys.get_mut(&number) else {
