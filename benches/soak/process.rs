@@ -42,14 +42,15 @@ impl Gateway {
         let stderr = std::fs::File::create(&log).unwrap();
         let child = command.stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);
-        loop {
+        let (addr, admin) = loop {
             let text = std::fs::read_to_string(&log).unwrap();
-            if let (Some(addr), Some(admin)) = (address(&text, "server"), address(&text, "admin")) {
-                return Self { addr, admin, child, store, log };
+            if let Some(both) = address(&text, "server").zip(address(&text, "admin")) {
+                break both;
             }
             assert!(Instant::now() < deadline, "the gateway does not start: {text}");
             thread::sleep(Duration::from_millis(20));
-        }
+        };
+        Self { addr, admin, child, store, log }
     }
 
     fn signal(&self, signal: Signal) {
