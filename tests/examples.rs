@@ -122,7 +122,7 @@ fn of_the_image() -> String {
     begins.split_once("\nTOML\n").expect("it ends").0.to_owned()
 }
 
-const SERVICE_KEYS: [&str; 16] = [
+const SERVICE_KEYS: [&str; 17] = [
     "build",
     "cap_drop",
     "command",
@@ -138,6 +138,7 @@ const SERVICE_KEYS: [&str; 16] = [
     "restart",
     "security_opt",
     "stop_grace_period",
+    "ulimits",
     "user",
 ];
 
