@@ -9,8 +9,9 @@
 mod support;
 
 #[allow(dead_code, reason = "shared with other tests")]
-#[path = "audit/random.rs"]
-mod random;
+mod audit;
+#[path = "audit/http.rs"]
+mod http;
 
 #[cfg(feature = "failpoints")]
 #[path = "crash/failpoints.rs"]
@@ -19,76 +20,70 @@ mod failpoints;
 #[path = "crash/sweep.rs"]
 mod sweep;
 
-use random::Random;
-use std::collections::BTreeMap;
+use audit::random::Random;
+use audit::{Call, Did, History, Ill, KeyOf, Promise, Visit, Word};
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use support::{Client, Gateway, Received, Response, Upstream, post};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use support::{Client, Gateway, Received, Upstream, post};
 
 const CLIENTS: u64 = 6;
-
-/// What the upstream did with one request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Visit {
-    /// Executed, with a final answer (which the gateway may have been too dead to read).
-    Executed,
-    /// Executed, and the gateway cannot know.
-    ExecutedUnknown,
-    /// Not executed, but the gateway cannot know.
-    LostUnknown,
-    /// Not executed, and the answer says so.
-    Refused,
-}
-
-/// What one key has seen.
-#[derive(Default)]
-struct History {
-    body: String,
-    /// The first answer that was final.
-    answer: Option<Response>,
-    unknown: bool,
-    /// Whether a gateway died between its first request and its last answer.
-    crossed_a_crash: bool,
-}
-
-#[derive(Default)]
-struct Counts {
-    requests: AtomicU64,
-    lost: AtomicU64,
-    refused: AtomicU64,
-    unavailable: AtomicU64,
-}
+/// The gateway's own.
+const PROMISE: Promise = Promise {
+    retention: Duration::from_secs(24 * 60 * 60),
+    aftermath: Duration::from_millis(200),
+    patience: Duration::from_secs(60),
+};
+const DATE: &str = "Sun, 06 Nov 1994 08:49:37 GMT";
 
 /// All that the threads share.
 struct World {
     seed: u64,
-    /// Where the gateway listens at present, and how often one has died: counted before its successor's address is known.
+    began: Instant,
+    /// Where the gateway listens at present.
     gateway: Mutex<SocketAddr>,
-    deaths: AtomicU64,
+    /// When the one before it died.
+    struck: Mutex<Duration>,
     stop: AtomicBool,
     /// From the end on the upstream executes at once.
     calm: AtomicBool,
-    visits: Mutex<BTreeMap<String, Vec<Visit>>>,
-    histories: Mutex<BTreeMap<String, History>>,
-    counts: Counts,
+    history: Mutex<History>,
+}
+
+fn key_of(key: &str) -> KeyOf {
+    (String::new(), key.to_owned())
+}
+
+fn body_of(key: &str) -> String {
+    format!("{{\"for\":\"{key}\"}}")
 }
 
 impl World {
     fn new(seed: u64) -> Arc<Self> {
         Arc::new(Self {
             seed,
+            began: Instant::now(),
             gateway: Mutex::new(([127, 0, 0, 1], 1).into()),
-            deaths: AtomicU64::new(0),
+            struck: Mutex::default(),
             stop: AtomicBool::new(false),
             calm: AtomicBool::new(false),
-            visits: Mutex::default(),
-            histories: Mutex::default(),
-            counts: Counts::default(),
+            history: Mutex::default(),
         })
+    }
+
+    /// The gateway is dead, or dies now.
+    fn strike(&self) {
+        *self.struck.lock().unwrap() = self.began.elapsed();
+    }
+
+    /// Another one serves in its place.
+    fn succeed(&self, gateway: &Gateway) {
+        *self.gateway.lock().unwrap() = gateway.addr;
+        let from = *self.struck.lock().unwrap();
+        self.history.lock().unwrap().trouble(from, self.began.elapsed(), Ill::Gateway);
     }
 
     fn upstream(self: &Arc<Self>) -> Upstream {
@@ -98,41 +93,42 @@ impl World {
 
     fn serve(&self, request: &Received, reply: &mut support::upstream::Reply<'_>) {
         let key = request.key().expect("a key").to_owned();
-        let number = self.visits.lock().unwrap().get(&key).map_or(0, Vec::len) as u64;
+        let visited = self.history.lock().unwrap().visits.get(&key_of(&key)).map_or(0, Vec::len) as u64;
         let mixed = key.bytes().fold(self.seed, |hash, byte| hash.wrapping_mul(31).wrapping_add(u64::from(byte)));
-        let mut random = Random(mixed.wrapping_add(number));
+        let mut random = Random(mixed.wrapping_add(visited));
         let dice = if self.calm.load(Ordering::SeqCst) { 0 } else { random.below(100) };
-        let visit = match dice {
-            0..80 => Visit::Executed,
-            80..85 => Visit::ExecutedUnknown,
-            85..87 => Visit::LostUnknown,
-            _ => Visit::Refused,
+        let number = random.next();
+        let did = match dice {
+            0..80 => Did::Executed { number, in_time: true },
+            80..85 => Did::ExecutedUnknown,
+            85..87 => Did::LostUnknown,
+            _ => Did::Refused,
         };
-        self.visits.lock().unwrap().entry(key.clone()).or_default().push(visit);
+        let visit = Visit { at: self.began.elapsed(), body: 0, did };
+        self.history.lock().unwrap().visit(&key_of(&key), visit);
         if dice % 5 == 4 {
             thread::sleep(Duration::from_millis(random.below(80)));
         }
-        let body =
-            format!("{{\"key\":\"{key}\",\"execution\":{}}}", random.next()) + &"x".repeat(random.below(3000) as usize);
+        let body = format!("{{\"key\":\"{key}\",\"execution\":{number}}}") + &"x".repeat(random.below(3000) as usize);
         let headers = [
-            ("Date", "Sun, 06 Nov 1994 08:49:37 GMT"),
+            ("Date", DATE),
             ("Content-Type", "text/plain"),
             ("Location", &format!("/posts/{key}")),
             ("X-Two", "one"),
             ("X-Two", "two"),
             ("Set-Cookie", "not=recorded"),
         ];
-        match visit {
+        match did {
             // 500 is final, too.
-            Visit::Executed => reply.send(if dice % 16 == 15 { 500 } else { 201 }, &headers, body),
-            Visit::ExecutedUnknown if dice % 2 == 0 => reply.send(502, &[("X-Scripted", "unknown")], "executed"),
-            Visit::ExecutedUnknown => {
+            Did::Executed { .. } => reply.send(if dice % 16 == 15 { 500 } else { 201 }, &headers, body),
+            Did::ExecutedUnknown if dice % 2 == 0 => reply.send(502, &[("X-Scripted", "unknown")], "executed"),
+            Did::ExecutedUnknown => {
                 reply.raw("HTTP/1.1 201 Created\r\nContent-Length: 100\r\n\r\ncut off");
                 reply.reset();
             }
-            Visit::LostUnknown => reply.reset(),
-            Visit::Refused if dice % 2 == 0 => reply.send(429, &[("X-Scripted", "refused"), ("Retry-After", "0")], ""),
-            Visit::Refused => reply.send(503, &[("X-Scripted", "refused"), ("Retry-After", "0")], ""),
+            Did::LostUnknown => reply.reset(),
+            Did::Refused if dice % 2 == 0 => reply.send(429, &[("X-Scripted", "refused"), ("Retry-After", "0")], ""),
+            Did::Refused => reply.send(503, &[("X-Scripted", "refused"), ("Retry-After", "0")], ""),
         }
     }
 
@@ -143,149 +139,58 @@ impl World {
         while !self.stop.load(Ordering::SeqCst) {
             number += 1;
             let key = format!("t{thread}-k{number}");
-            let body = format!("{{\"n\":{}}}", random.next());
-            let deaths = self.deaths.load(Ordering::SeqCst);
-            self.histories.lock().unwrap().insert(key.clone(), History { body: body.clone(), ..History::default() });
-            let request = post("/posts", &key, &body);
             let (sends, parallel, abandoned) = (1 + random.below(6), random.below(3) == 0, random.below(8) == 0);
             if parallel {
                 thread::scope(|scope| {
                     for _ in 0..sends {
-                        scope.spawn(|| self.attempt(&key, &request));
+                        scope.spawn(|| self.attempt(&key));
                     }
                 });
             } else {
                 for _ in 0..sends {
-                    self.attempt(&key, &request);
+                    self.attempt(&key);
                 }
             }
-            while !abandoned && !self.attempt(&key, &request) {
+            while !abandoned && !self.attempt(&key) {
                 thread::sleep(Duration::from_millis(random.below(3)));
             }
-            let crossed = self.deaths.load(Ordering::SeqCst) != deaths;
-            self.histories.lock().unwrap().get_mut(&key).unwrap().crossed_a_crash |= crossed;
         }
     }
 
     /// One request; whether its answer ends the matter.
-    fn attempt(&self, key: &str, request: &str) -> bool {
-        self.counts.requests.fetch_add(1, Ordering::Relaxed);
+    fn attempt(&self, key: &str) -> bool {
+        let call = self.call(key);
+        // What is odd is told by the audit.
+        let ends = matches!(call.word, Word::Final { .. } | Word::Unknown | Word::Odd(_));
+        self.history.lock().unwrap().call(&key_of(key), call);
+        ends
+    }
+
+    fn call(&self, key: &str) -> Call {
+        let sent = self.began.elapsed();
         let addr = *self.gateway.lock().unwrap();
         let answer = Client::try_connect(addr).ok().and_then(|mut client| {
-            client.try_send(request);
+            client.try_send(post("/posts", key, &body_of(key)));
             client.try_read()
         });
-        let Some(answer) = answer else {
-            self.counts.lost.fetch_add(1, Ordering::Relaxed);
-            self.histories.lock().unwrap().get_mut(key).unwrap().crossed_a_crash = true;
-            return false;
-        };
-        let code = problem(&answer);
-        match (answer.status, code.as_deref(), answer.header("x-scripted")) {
-            (201 | 500, None, None) => {
-                let mut histories = self.histories.lock().unwrap();
-                let history = histories.get_mut(key).unwrap();
-                assert!(!history.unknown, "{key}: first unknown, then {answer:?}");
-                match &history.answer {
-                    Some(first) => assert_same(key, first, &answer),
-                    None => history.answer = Some(answer),
-                }
-                true
-            }
-            (409, Some("outcome_unknown"), None) => {
-                let mut histories = self.histories.lock().unwrap();
-                let history = histories.get_mut(key).unwrap();
-                assert!(history.answer.is_none(), "{key}: first {:?}, then unknown", history.answer);
-                history.unknown = true;
-                true
-            }
-            (429 | 503, None, Some("refused")) => {
-                self.counts.refused.fetch_add(1, Ordering::Relaxed);
-                false
-            }
-            (409, Some("in_progress"), None) | (502, None, Some("unknown")) | (502, Some("upstream_broken"), None) => {
-                false
-            }
-            (503, Some("store_unavailable" | "overloaded"), None) => {
-                self.counts.unavailable.fetch_add(1, Ordering::Relaxed);
-                false
-            }
-            _ => panic!("{key}: {answer:?}"),
-        }
+        let word = http::word(answer.as_ref(), DATE);
+        Call { sent, ended: self.began.elapsed(), gateway: 0, body: 0, word }
     }
 
-    /// The last gateway's word on every key.
+    /// The last gateway's word on every key, and the audit of all that was seen.
     fn audit(&self, what: &str, crashes: u64) {
         self.calm.store(true, Ordering::SeqCst);
-        let before = self.visits.lock().unwrap().clone();
-        let addr = *self.gateway.lock().unwrap();
-        let histories = self.histories.lock().unwrap();
-        let (mut final_, mut unknown, mut fresh) = (0_u64, 0_u64, 0_u64);
-        for (key, history) in &*histories {
-            let answer = support::call(addr, post("/posts", key, &history.body));
-            let visits = before.get(key).map_or(&[][..], Vec::as_slice);
-            let explained = history.crossed_a_crash
-                || visits.iter().any(|visit| matches!(visit, Visit::ExecutedUnknown | Visit::LostUnknown));
-            match (answer.status, problem(&answer).as_deref()) {
-                (201 | 500, None) => {
-                    assert!(!history.unknown, "{key}: first unknown, then {answer:?}");
-                    let ran = visits.contains(&Visit::Executed);
-                    assert_eq!(answer.replayed(), ran, "{key}: {visits:?} {answer:?}");
-                    match &history.answer {
-                        Some(first) => assert_same(key, first, &answer),
-                        // Given up by its client before there was an answer.
-                        None if ran => {}
-                        None => fresh += 1,
-                    }
-                    final_ += 1;
-                }
-                (409, Some("outcome_unknown")) => {
-                    assert!(history.answer.is_none(), "{key}: first {:?}, then unknown", history.answer);
-                    assert!(explained, "{key}: unknown without a reason: {visits:?}");
-                    unknown += 1;
-                }
-                _ => panic!("{key}: {visits:?} {answer:?}"),
-            }
+        let keys = self.history.lock().unwrap().calls.keys().cloned().collect::<Vec<_>>();
+        for key in keys {
+            let call = self.call(&key.1);
+            self.history.lock().unwrap().end(&key, call);
         }
-        let mut executed = 0_u64;
-        for (key, visits) in &*self.visits.lock().unwrap() {
-            let runs = visits.iter().filter(|visit| matches!(visit, Visit::Executed | Visit::ExecutedUnknown)).count();
-            assert!(runs <= 1, "{key} was executed {runs} times: {visits:?}");
-            // More than that: after anything but a plain refusal the upstream never sees the key again.
-            let earlier = visits.split_last().map_or(&[][..], |(_, earlier)| earlier);
-            assert!(earlier.iter().all(|visit| *visit == Visit::Refused), "{key}: {visits:?}");
-            executed += runs as u64;
-        }
-        let counts = &self.counts;
-        let [requests, lost, refused, unavailable] =
-            [&counts.requests, &counts.lost, &counts.refused, &counts.unavailable].map(|n| n.load(Ordering::Relaxed));
-        eprintln!(
-            "{what}: seed {}, {crashes} crashes, {requests} requests ({lost} lost, {refused} refused upstream, \
-             {unavailable} unavailable), {} keys: {executed} executed, {final_} final ({fresh} of them run only now), \
-             {unknown} unknown",
-            self.seed,
-            histories.len(),
-        );
-        assert!(final_ > 0 && executed > 0 && lost > 0, "there was no load");
+        let history = self.history.lock().unwrap();
+        let tally = history.check(&PROMISE).unwrap_or_else(|wrong| panic!("{}", wrong.join("\n")));
+        let lost = history.calls.values().flatten().filter(|call| call.word == Word::Silence).count();
+        eprintln!("{what}: seed {}, {crashes} crashes, {lost} calls without an answer, {tally:?}", self.seed);
+        assert!(tally.finals > 0 && tally.executions > 0 && lost > 0, "there was no load");
     }
-}
-
-fn problem(answer: &Response) -> Option<String> {
-    let ours = answer.header("content-type") == Some("application/problem+json");
-    ours.then(|| answer.json()["code"].as_str().unwrap().to_owned())
-}
-
-/// Whether two answers are the same up to the marks of a replay and what is not recorded.
-#[track_caller]
-fn assert_same(key: &str, first: &Response, second: &Response) {
-    let plain = |answer: &Response| {
-        let not_recorded = ["idempotency-replayed", "age", "cache-status", "set-cookie", "connection"];
-        let lines = answer.headers.iter().map(|(name, value)| (name.to_ascii_lowercase(), value.clone()));
-        let mut lines = lines.filter(|(name, _)| !not_recorded.contains(&name.as_str())).collect::<Vec<_>>();
-        lines.sort();
-        (answer.status, lines, answer.text())
-    };
-    assert_eq!(plain(first), plain(second), "{key}");
 }
 
 fn number(variable: &str) -> Option<u64> {
@@ -330,13 +235,13 @@ fn under_load(
         for _ in 0..rounds {
             let (next, died) = disturb(&world, gateway, &mut random);
             (gateway, crashes) = (next, crashes + died);
-            *world.gateway.lock().unwrap() = gateway.addr;
+            world.succeed(&gateway);
         }
         // The last one dies no more.
+        world.strike();
         gateway.kill();
-        world.deaths.fetch_add(1, Ordering::SeqCst);
         gateway = gateway.again(&[("ONCEGATE_FAILPOINT", "")]).unwrap();
-        *world.gateway.lock().unwrap() = gateway.addr;
+        world.succeed(&gateway);
         crashes += 1;
         thread::sleep(Duration::from_millis(200));
         gateway
@@ -347,8 +252,8 @@ fn under_load(
 fn kill_at_a_random_instant(world: &World, mut gateway: Gateway, random: &mut Random) -> (Gateway, u64) {
     let longest = if random.below(4) == 0 { 5_000 } else { 300_000 };
     thread::sleep(Duration::from_micros(random.below(longest)));
+    world.strike();
     gateway.kill();
-    world.deaths.fetch_add(1, Ordering::SeqCst);
     let mut died = 1;
     // Some die again while they recover.
     while random.below(4) == 0 {

@@ -65,7 +65,7 @@ fn main() -> Result<()> {
         None => tempfile::tempdir()?,
     };
     let started = Instant::now();
-    let commit_us_before = measure::commit_us(dir.path())?;
+    let commit_before = measure::Commit::measure(dir.path(), cores)?;
     let mut bench = Bench {
         settings: &settings,
         cores,
@@ -102,7 +102,7 @@ fn main() -> Result<()> {
         cpu: report::cpu_model(),
         kernel: report::kernel(),
         versions,
-        commit_us: [commit_us_before, measure::commit_us(dir.path())?],
+        commits: [commit_before, measure::Commit::measure(dir.path(), cores)?],
         settings: &settings,
         left_out: &bench.left_out,
         phases: &bench.phases,

@@ -1,6 +1,7 @@
 //! What a proxy has cost, and whether the machine was quiet meanwhile.
 
 use rustix::thread::CpuSet;
+use serde::Serialize;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs;
@@ -9,6 +10,7 @@ use std::io::Result;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// Which cores do what.
@@ -194,7 +196,26 @@ pub fn own_user() -> Duration {
 
 /// Microseconds that an append of about a record and its `fdatasync` take in the middle, into a file that has its length
 /// already: what a group commit costs at least.
-pub fn commit_us(dir: &Path) -> Result<f64> {
+#[derive(Clone, Copy, Serialize)]
+pub struct Commit {
+    /// One directly after another.
+    pub in_a_row_us: f64,
+    /// On a proxy's core, two within each millisecond: as often as in the workload `fresh-paced`.
+    pub paced_us: f64,
+}
+
+impl Commit {
+    pub fn measure(dir: &Path, cores: Cores) -> Result<Self> {
+        let paced = || {
+            pin(cores.proxy)?;
+            commit_us(dir, Duration::from_micros(500))
+        };
+        let paced_us = thread::scope(|scope| scope.spawn(paced).join().expect("no panic"))?;
+        Ok(Self { in_a_row_us: commit_us(dir, Duration::ZERO)?, paced_us })
+    }
+}
+
+fn commit_us(dir: &Path, interval: Duration) -> Result<f64> {
     const TRIES: usize = 400;
     const APPEND_BYTES: usize = 1200;
     let file = tempfile::tempfile_in(dir)?;
@@ -206,6 +227,7 @@ pub fn commit_us(dir: &Path) -> Result<f64> {
         file.write_all_at(&[1; APPEND_BYTES], (nth * APPEND_BYTES) as u64)?;
         file.sync_data()?;
         took.push(started.elapsed());
+        thread::sleep(interval.saturating_sub(started.elapsed()));
     }
     took.sort_unstable();
     Ok(took[TRIES / 2].as_secs_f64() * 1e6)
@@ -237,7 +259,7 @@ pub fn ping(cores: Cores) -> Result<u64> {
         turn
     };
     let mut tries = [u128::MAX; TRIES];
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         let other = scope.spawn(|| pin(cores.proxy).map(|()| (0..TRIES).fold(1, |turn, _| volley(turn))));
         let mut turn = 0;
         for took in &mut tries {

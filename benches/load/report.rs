@@ -1,6 +1,7 @@
 //! The table, and what a run leaves in the repository.
 
 use crate::contestants::first_line;
+use crate::measure::Commit;
 use crate::plot;
 use crate::readme;
 use crate::rounds::{LeftOut, Phase, Spread, Summary};
@@ -25,7 +26,7 @@ pub struct Run<'a> {
     pub kernel: String,
     pub versions: BTreeMap<String, String>,
     /// An append and its `fdatasync`, before and after.
-    pub commit_us: [f64; 2],
+    pub commits: [Commit; 2],
     pub settings: &'a Settings,
     pub left_out: &'a [LeftOut],
     pub phases: &'a [Phase],
@@ -85,22 +86,25 @@ pub fn table(run: &Run<'_>, workloads: &[Workload], summaries: &[Summary], took:
     );
     let versions = run.versions.values().map(String::as_str).collect::<Vec<_>>();
     let _ = writeln!(text, "{}.", versions.join(", "));
-    let [before, after] = run.commit_us;
-    let _ =
-        writeln!(text, "An append and its fdatasync on this disk: {before:.0} µs before the run, {after:.0} after it.");
+    let [before, after] = run.commits;
+    let _ = writeln!(
+        text,
+        "An append and its fdatasync on this disk, in a row: {:.0} µs before the run, {:.0} after it; two in a millisecond: {:.0} and {:.0}.",
+        before.in_a_row_us, after.in_a_row_us, before.paced_us, after.paced_us
+    );
     for LeftOut { who, why, .. } in run.left_out {
         let _ = writeln!(text, "Left out: {who}: {why}.");
     }
     if !summaries.is_empty() {
-        text += "\n| workload | proxy | CPU µs per request (spread) | ratio | requests/s | p50 µs | p99 µs (ratio) | p99.9 µs | written bytes per request | RSS MiB | quiet rounds |\n\
-             |---|---|---|---|---|---|---|---|---|---|---|\n";
+        text += "\n| workload | proxy | CPU µs per request (spread) | ratio | requests/s | p50 µs | p99 µs | p99 of 1,000 µs (ratio) | p99.9 µs | written bytes per request | RSS MiB | quiet rounds |\n\
+             |---|---|---|---|---|---|---|---|---|---|---|---|\n";
     }
     for row in summaries {
         let show = |ratio: Option<f64>| ratio.map_or_else(|| "—".to_owned(), |ratio| format!("{ratio:.2}"));
         let (ratio, p99_ratio) = (show(row.ratio), show(row.p99_ratio));
         let _ = writeln!(
             text,
-            "| {} | {} | {:.1} ({:.1}–{:.1}) | {ratio} | {:.0} | {:.0} | {:.0} ({p99_ratio}) | {:.0} | {:.0} | {:.0} | {} of {} |",
+            "| {} | {} | {:.1} ({:.1}–{:.1}) | {ratio} | {:.0} | {:.0} | {:.0} | {:.0} ({p99_ratio}) | {:.0} | {:.0} | {:.0} | {} of {} |",
             row.workload,
             row.contestant,
             row.cpu_us.median,
@@ -109,6 +113,7 @@ pub fn table(run: &Run<'_>, workloads: &[Workload], summaries: &[Summary], took:
             row.requests_per_second,
             row.p50_us.median,
             row.p99_us.median,
+            row.stretch_p99_us,
             row.p999_us,
             row.written_bytes,
             row.rss_bytes / f64::from(1 << 20),

@@ -63,12 +63,19 @@ impl Case<'_> {
         let serial = serial.parse().unwrap_or(0);
         let newest = key.executed().map_or(0, |visit| visit.serial);
         let purpose = key.purpose;
+        // Until the last of those who may have caused the visit had an answer.
+        let of_attempts = |arrived: Instant| {
+            let begun = key.attempts.iter().filter(|attempt| attempt.sent <= arrived);
+            begun.map(|attempt| attempt.ended.unwrap_or(self.ended)).max().unwrap_or(arrived)
+        };
         let Some(visit) = key.visits.iter_mut().find(|visit| visit.serial == serial) else {
             return (label, Err(format!("#{serial} was another's answer")));
         };
         let verdict = self
             .same(visit)
-            .and_then(|()| if replayed { self.replay(visit, newest) } else { self.forwarded(visit) })
+            .and_then(|()| {
+                if replayed { self.replay(visit, newest) } else { self.forwarded(visit, of_attempts(visit.arrived)) }
+            })
             .and_then(|()| ensure(!replayed || purpose == Purpose::Keyed, "replayed without a key"));
         visit.seen |= visit.script.is_final();
         (label, verdict)
@@ -96,9 +103,10 @@ impl Case<'_> {
         ensure(visit.serial == newest || self.ended < visit.arrived + RETENTION + SLACK, "there is a newer answer")
     }
 
-    fn forwarded(&self, visit: &Visit) -> Verdict {
+    /// `until`: when whoever caused the visit had the answer.
+    fn forwarded(&self, visit: &Visit, until: Instant) -> Verdict {
         // Who waited for a request that was turned away gets its answer, too.
-        let from = if visit.script.refuses() { visit.responded.unwrap_or(visit.arrived) } else { visit.arrived };
+        let from = if visit.script.refuses() { until } else { visit.arrived };
         ensure(self.sent <= from && visit.arrived <= self.ended, "it is an earlier request's answer, and unmarked")
     }
 

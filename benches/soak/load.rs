@@ -12,14 +12,14 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-const CLIENTS: usize = 40;
-/// With the duplicates 150 requests a second.
-const EVENTS_PER_S: f64 = 142.0;
+const CLIENTS: usize = 100;
+/// With the duplicates 400 requests a second.
+const EVENTS_PER_S: f64 = 380.0;
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Well below the time after which the gateway closes an idle connection.
 const IDLE_MAX: Duration = Duration::from_secs(30);
 /// Keys begun in the last ten seconds.
-const RECENT: u64 = 900;
+const RECENT: u64 = 2400;
 
 #[derive(Clone, Copy)]
 pub(crate) enum Job {

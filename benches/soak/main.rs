@@ -1,10 +1,11 @@
 //! An hour of steady load with faults: does anything grow? `cargo bench --bench soak`.
 //!
 //! Two gateways, one for each embedded engine, run at the same time, each before an upstream of its own in this process.
-//! Each gets some 150 requests a second: new keys, retries of young and old ones (after their retention, too), concurrent
-//! duplicates, requests without a key, malformed ones, clients that hang up or send half a body; the upstream answers
-//! late, not at all, too much, 429, 500, 502, 503, or breaks off. Now and then it is shut for a second, or the gateway
-//! is stopped for 300 ms. Records are kept for three minutes, unknown ones for one.
+//! Each gets some 400 requests a second, so that its index is flushed and merged many times: new keys, retries of young
+//! and old ones (after their retention, too), concurrent duplicates, requests without a key, malformed ones, clients that
+//! hang up or send half a body; the upstream answers late, not at all, too much, 429, 500, 502, 503, or breaks off. Now
+//! and then it is shut for a second, or the gateway is stopped for 300 ms. Records are kept for three minutes, unknown
+//! ones for one.
 //!
 //! All the time, each answer is judged by what the contract allows in its situation, and each arrival at the upstream by
 //! what has been executed. Every ten seconds it is noted what a gateway takes; the first quarter is warm-up, then a line is

@@ -126,6 +126,8 @@ pub(crate) struct Tally {
     pub(crate) executions: usize,
     pub(crate) finals: usize,
     pub(crate) unknown: usize,
+    /// Of those: a client had got the upstream's answer.
+    pub(crate) forgotten: usize,
 }
 
 impl History {
@@ -171,7 +173,11 @@ impl History {
             tally.executions += of_key.visits.iter().filter(|visit| visit.did.executed()).count();
             match of_key.ends.first().map(|call| &call.word) {
                 Some(Word::Final { .. }) => tally.finals += 1,
-                Some(_) => tally.unknown += 1,
+                Some(_) => {
+                    tally.unknown += 1;
+                    tally.forgotten +=
+                        usize::from(of_key.calls.iter().any(|call| matches!(call.word, Word::Final { .. })));
+                }
                 None => {}
             }
         }
@@ -355,7 +361,7 @@ mod tests {
     #[test]
     fn it_passes_what_is_as_promised_and_finds_what_is_not() {
         let tally = good().check(&promise()).unwrap();
-        assert_eq!(tally, Tally { keys: 1, calls: 3, executions: 1, finals: 1, unknown: 0 });
+        assert_eq!(tally, Tally { keys: 1, calls: 3, executions: 1, finals: 1, unknown: 0, forgotten: 0 });
 
         let mut history = good();
         history.visit(&key(), executed(9_000, 2));

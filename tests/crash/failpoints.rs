@@ -3,7 +3,6 @@
 use crate::support::{Client, Gateway, Upstream, post};
 use crate::{Random, World, under_load};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 /// How the upstream answers its first request; the next one gets 201.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,11 +118,12 @@ fn crashes_at_the_points_under_load_execute_nothing_twice_and_forget_nothing() {
     let die_at_a_random_point = |world: &World, mut gateway: Gateway, random: &mut Random| {
         // The first one has no such point.
         if std::mem::take(&mut first) {
+            world.strike();
             gateway.kill();
         } else {
             assert_eq!(gateway.wait(), None, "it aborts");
+            world.strike();
         }
-        world.deaths.fetch_add(1, Ordering::SeqCst);
         let point = format!("{}:{}", POINTS[random.below(4) as usize], 1 + random.below(60));
         (gateway.again(&[("ONCEGATE_FAILPOINT", &point)]).unwrap(), 1)
     };

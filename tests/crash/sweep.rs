@@ -2,7 +2,7 @@
 //!
 //! All alone and a sample of the pairs; `ONCEGATE_PAIRS=all` takes all pairs.
 
-use crate::problem;
+use crate::http::problem;
 use crate::support::{Client, Gateway, Response, Upstream, post};
 use crate::{Random, number, seed};
 use std::collections::BTreeMap;

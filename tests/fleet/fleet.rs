@@ -1,5 +1,6 @@
 //! Gateways over one store, each with a network of its own to it.
 
+use crate::http::recorded;
 use crate::proxy::Proxy;
 use crate::server::{Engine, Server};
 use crate::support::gateway::Refusal;
@@ -161,27 +162,11 @@ pub(crate) fn takes(what: &str, mut holds: impl FnMut() -> bool) -> Duration {
     began.elapsed()
 }
 
-/// The code of one of a gateway's own answers.
-pub(crate) fn problem(answer: &Response) -> Option<String> {
-    let ours = answer.header("content-type") == Some("application/problem+json");
-    ours.then(|| answer.json()["code"].as_str().unwrap().to_owned())
-}
-
 /// A `Date` that an upstream may send.
 pub(crate) const DATE: &str = "Sun, 06 Nov 1994 08:49:37 GMT";
 
 /// Whether two answers are the same up to the marks of a replay and what is not recorded.
 #[track_caller]
 pub(crate) fn assert_same(what: &str, first: &Response, second: &Response) {
-    // The gateway adds one where the upstream sends none.
-    let dated = first.header("date") == Some(DATE);
-    let plain = |answer: &Response| {
-        let not_recorded = ["idempotency-replayed", "age", "cache-status", "set-cookie", "connection"];
-        let lines = answer.headers.iter().map(|(name, value)| (name.to_ascii_lowercase(), value.clone()));
-        let recorded = |name: &str| !not_recorded.contains(&name) && (dated || name != "date");
-        let mut lines = lines.filter(|(name, _)| recorded(name)).collect::<Vec<_>>();
-        lines.sort();
-        (answer.status, lines, answer.text())
-    };
-    assert_eq!(plain(first), plain(second), "{what}");
+    assert_eq!(recorded(first, DATE), recorded(second, DATE), "{what}");
 }

@@ -8,12 +8,14 @@
 #![allow(clippy::while_immutable_condition, reason = "another thread changes it")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stderr)]
 
+#[allow(dead_code, reason = "shared with other tests")]
+#[path = "../audit/mod.rs"]
+mod audit;
+#[path = "../audit/http.rs"]
+mod http;
 #[path = "../servers/postgres.rs"]
 #[allow(dead_code, unreachable_pub)]
 mod postgres_server;
-#[allow(dead_code, reason = "shared with other tests")]
-#[path = "../audit/random.rs"]
-mod random;
 #[path = "../servers/redis.rs"]
 #[allow(dead_code, unreachable_pub)]
 mod redis_server;

@@ -1,6 +1,7 @@
 //! The store out of reach, slow, or its answers lost: what callers get, and that nothing is executed twice or stuck.
 
-use crate::fleet::{Fleet, LEASE, TIMEOUT, assert_same, problem, takes};
+use crate::fleet::{Fleet, LEASE, TIMEOUT, assert_same, takes};
+use crate::http::problem;
 use crate::server::{Engine, Server};
 use crate::support::{Gate, Response, Upstream, eventually, request};
 use std::collections::BTreeSet;

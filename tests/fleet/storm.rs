@@ -2,16 +2,15 @@
 //! store is killed. Then an audit by what the clients and the upstream have seen.
 
 mod adversary;
-mod audit;
-mod history;
+mod end;
 
-use crate::fleet::{DATE, Fleet, problem};
-use crate::random::Random;
+use crate::audit::random::Random;
+use crate::audit::{Call, Did, History, Ill, KeyOf, Promise, Visit, Word};
+use crate::fleet::{DATE, Fleet, LEASE};
+use crate::http::word;
 use crate::server::{Engine, Server};
 use crate::support::upstream::Reply;
 use crate::support::{Client, Gateway, Received, Upstream, post};
-use history::{Answer, History, classify};
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -23,30 +22,19 @@ const RESPONSE_TIMEOUT: Duration = Duration::from_millis(600);
 const LATE_WINDOW: Duration = Duration::from_millis(1000);
 const SETTINGS: &str = "upstream.response_timeout = \"600ms\"\nupstream.late_window = \"1000ms\"\n\
                         idempotency.wait_timeout = \"300ms\"\nserver.workers = 1\n";
+/// So much before its window ends, an answer may come too late all the same: the gateway began to wait earlier.
+const LATE: Duration = Duration::from_millis(300);
+const PROMISE: Promise = Promise {
+    retention: Duration::from_secs(24 * 60 * 60),
+    // A lease, and until an outcome that could not be recorded is tried again.
+    aftermath: LEASE.saturating_add(Duration::from_secs(2)),
+    patience: crate::support::PATIENCE,
+};
 /// Of a key that is sent with two bodies, which is sent mostly.
 const BODIES: [&str; 2] = ["{\"body\":\"one\"}", "{\"body\":\"other\"}"];
 
-/// What the upstream did with one request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Visit {
-    /// With a final answer, in time or not, which bears this number.
-    Executed(u64),
-    /// Executed, and no gateway can know.
-    ExecutedUnknown,
-    /// Not executed, but no gateway can know.
-    LostUnknown,
-    /// Not executed, and the answer says so.
-    Refused,
-}
-
 #[derive(Default)]
 struct Counts {
-    requests: AtomicU64,
-    /// Without an answer: the gateway was gone, or the client.
-    unanswered: AtomicU64,
-    refused: AtomicU64,
-    unavailable: AtomicU64,
-    other_body: AtomicU64,
     kills: AtomicU64,
     stops: AtomicU64,
     cuts: AtomicU64,
@@ -59,7 +47,6 @@ struct Counts {
 struct Place {
     gateway: Mutex<Option<Gateway>>,
     addr: Mutex<SocketAddr>,
-    deaths: AtomicU64,
 }
 
 /// All that the threads share.
@@ -72,22 +59,22 @@ struct Storm {
     next_key: AtomicU64,
     stop: AtomicBool,
     visits: Arc<Visits>,
-    histories: Mutex<BTreeMap<String, History>>,
-    /// Keys that turned out to be the second body's.
-    other_bodies: Mutex<BTreeSet<String>>,
-    /// When a gateway was killed, or stopped.
-    deaths: Mutex<Vec<Instant>>,
     /// Gateways that were killed.
     graves: Mutex<Vec<Gateway>>,
     counts: Counts,
 }
 
-/// What the upstream has seen.
+/// What the upstream does; with the history of all that was seen.
 struct Visits {
     seed: u64,
+    began: Instant,
     /// From the end on it executes at once.
     calm: AtomicBool,
-    by_key: Mutex<BTreeMap<String, Vec<Visit>>>,
+    history: Mutex<History>,
+}
+
+fn key_of(key: &str) -> KeyOf {
+    (String::new(), key.to_owned())
 }
 
 impl Visits {
@@ -97,21 +84,22 @@ impl Visits {
     }
 
     fn serve(&self, request: &Received, reply: &mut Reply<'_>) {
-        let key = request.key().expect("a key").to_owned();
+        let (key, at) = (request.key().expect("a key").to_owned(), self.began.elapsed());
         let mixed = key.bytes().fold(self.seed, |hash, byte| hash.wrapping_mul(31).wrapping_add(u64::from(byte)));
-        let mut by_key = self.by_key.lock().unwrap();
-        let visits = by_key.entry(key.clone()).or_default();
-        let mut random = Random(mixed.wrapping_add(visits.len() as u64));
+        let body = BODIES.iter().position(|body| request.body == body.as_bytes()).unwrap_or(BODIES.len());
+        let mut history = self.history.lock().unwrap();
+        let nth = history.visits.get(&key_of(&key)).map_or(0, Vec::len);
+        let mut random = Random(mixed.wrapping_add(nth as u64));
         let dice = if self.calm.load(Ordering::SeqCst) { 0 } else { random.below(100) };
         let number = random.next();
-        let visit = match dice {
-            0..80 => Visit::Executed(number),
-            80..84 => Visit::ExecutedUnknown,
-            84..86 => Visit::LostUnknown,
-            _ => Visit::Refused,
+        let did = match dice {
+            0..80 => Did::Executed { number, in_time: true },
+            80..84 => Did::ExecutedUnknown,
+            84..86 => Did::LostUnknown,
+            _ => Did::Refused,
         };
-        visits.push(visit);
-        drop(by_key);
+        history.visit(&key_of(&key), Visit { at, body, did });
+        drop(history);
         thread::sleep(match dice {
             // Too late for the caller, in time for the record.
             70..74 => RESPONSE_TIMEOUT + random.ms(10, 800),
@@ -120,6 +108,11 @@ impl Visits {
             _ if dice % 4 == 3 => random.ms(1, 120),
             _ => Duration::ZERO,
         });
+        // Before the answer is there: whoever has it may ask.
+        if matches!(did, Did::Executed { .. }) && self.began.elapsed() > at + RESPONSE_TIMEOUT + LATE_WINDOW - LATE {
+            let mut history = self.history.lock().unwrap();
+            history.visits.get_mut(&key_of(&key)).expect("its own")[nth].did = Did::Executed { number, in_time: false };
+        }
         let body = format!("{{\"key\":\"{key}\",\"execution\":{number}}}{}", "x".repeat(random.below(3000) as usize));
         let headers = [
             ("Date", DATE),
@@ -129,16 +122,16 @@ impl Visits {
             ("X-Two", "two"),
             ("Set-Cookie", "not=recorded"),
         ];
-        match visit {
+        match did {
             // 500 is final, too.
-            Visit::Executed(_) => reply.send(if dice % 16 == 15 { 500 } else { 201 }, &headers, body),
-            Visit::ExecutedUnknown if dice % 2 == 0 => reply.send(502, &[("X-Scripted", "unknown")], "executed"),
-            Visit::ExecutedUnknown => {
+            Did::Executed { .. } => reply.send(if dice % 16 == 15 { 500 } else { 201 }, &headers, body),
+            Did::ExecutedUnknown if dice % 2 == 0 => reply.send(502, &[("X-Scripted", "unknown")], "executed"),
+            Did::ExecutedUnknown => {
                 reply.raw("HTTP/1.1 201 Created\r\nContent-Length: 100\r\n\r\ncut off");
                 reply.reset();
             }
-            Visit::LostUnknown => reply.reset(),
-            Visit::Refused => {
+            Did::LostUnknown => reply.reset(),
+            Did::Refused => {
                 let status = if dice % 2 == 0 { 429 } else { 503 };
                 reply.send(status, &[("X-Scripted", "refused"), ("Retry-After", "0")], "");
             }
@@ -162,7 +155,6 @@ impl Storm {
             }
             let key = format!("{}{number}", self.key_prefix());
             let two_bodies = random.below(10) == 0;
-            self.histories.lock().unwrap().insert(key.clone(), History::new(two_bodies));
             let (sends, parallel) = (1 + random.below(6), random.below(3) == 0);
             let choices = (0..sends)
                 .map(|_| Attempt {
@@ -193,16 +185,13 @@ impl Storm {
                 assert!(began.elapsed() < crate::support::PATIENCE * 3, "{key} comes to no end");
                 thread::sleep(random.ms(1, 20));
             }
-            self.histories.lock().unwrap().get_mut(&key).unwrap().ended = Instant::now();
         }
     }
 
     /// One request; whether its answer ends the matter.
     fn attempt(&self, key: &str, choice: Attempt) -> bool {
-        self.counts.requests.fetch_add(1, Ordering::Relaxed);
         let Attempt { gateway, body, hangs_up } = choice;
-        let place = &self.places[gateway];
-        let (addr, deaths) = (*place.addr.lock().unwrap(), place.deaths.load(Ordering::SeqCst));
+        let (addr, sent) = (*self.places[gateway].addr.lock().unwrap(), self.visits.began.elapsed());
         let answer = Client::try_connect(addr).ok().and_then(|mut client| {
             client.try_send(post("/posts", key, BODIES[body]));
             if hangs_up {
@@ -211,38 +200,18 @@ impl Storm {
             }
             client.try_read()
         });
-        let mut histories = self.histories.lock().unwrap();
-        let history = histories.get_mut(key).unwrap();
-        history.answers.push((Instant::now(), gateway, answer.as_ref().map(classify)));
-        let Some(answer) = answer else {
-            self.counts.unanswered.fetch_add(1, Ordering::Relaxed);
-            return false;
-        };
-        match classify(&answer) {
-            Answer::Final => {
-                history.see_final(key, body, answer, (gateway, deaths));
-                true
-            }
-            Answer::Unknown => {
-                history.see_unknown(key);
-                true
-            }
-            Answer::KeyReused => {
-                assert!(history.two_bodies, "{key}: nobody has sent another body");
-                self.counts.other_body.fetch_add(1, Ordering::Relaxed);
-                false
-            }
-            Answer::Refused => {
-                self.counts.refused.fetch_add(1, Ordering::Relaxed);
-                false
-            }
-            Answer::Unavailable => {
-                self.counts.unavailable.fetch_add(1, Ordering::Relaxed);
-                false
-            }
-            Answer::InProgress | Answer::JustUnknown | Answer::TimedOut => false,
-            Answer::Odd => panic!("{key}: {:?} {answer:?}", problem(&answer)),
-        }
+        let word = word(answer.as_ref(), DATE);
+        // What is odd is told by the audit.
+        let ends = matches!(word, Word::Final { .. } | Word::Unknown | Word::Odd(_));
+        let call = Call { sent, ended: self.visits.began.elapsed(), gateway, body, word };
+        self.visits.history.lock().unwrap().call(&key_of(key), call);
+        ends
+    }
+
+    /// Something has been wrong with a gateway since then.
+    fn trouble(&self, from: Instant) {
+        let from = from - self.visits.began;
+        self.visits.history.lock().unwrap().trouble(from, self.visits.began.elapsed(), Ill::Gateway);
     }
 }
 
@@ -269,7 +238,7 @@ fn storms(engine: Engine) {
 
 fn storm(server: Arc<Server>, seed: u64, keys: u64) {
     let (began, clients) = (Instant::now(), number("ONCEGATE_FLEET_CLIENTS").unwrap_or(10));
-    let visits = Arc::new(Visits { seed, calm: AtomicBool::new(false), by_key: Mutex::default() });
+    let visits = Arc::new(Visits { seed, began, calm: AtomicBool::new(false), history: Mutex::default() });
     let environment = vec![("RUST_LOG", "oncegate=warn,oncegate::run=info")];
     // One of them always asks the store.
     let each = (0..GATEWAYS).map(|n| {
@@ -278,11 +247,9 @@ fn storm(server: Arc<Server>, seed: u64, keys: u64) {
     });
     let Fleet { gateways, proxies, upstream, server, .. } =
         Fleet::of(server, visits.upstream(), &each.collect::<Vec<_>>());
-    let places = gateways.into_iter().map(|gateway| Place {
-        addr: Mutex::new(gateway.addr),
-        gateway: Mutex::new(Some(gateway)),
-        deaths: AtomicU64::new(0),
-    });
+    let places = gateways
+        .into_iter()
+        .map(|gateway| Place { addr: Mutex::new(gateway.addr), gateway: Mutex::new(Some(gateway)) });
     let storm = Storm {
         seed,
         server,
@@ -292,9 +259,6 @@ fn storm(server: Arc<Server>, seed: u64, keys: u64) {
         next_key: AtomicU64::new(0),
         stop: AtomicBool::new(false),
         visits,
-        histories: Mutex::default(),
-        other_bodies: Mutex::default(),
-        deaths: Mutex::default(),
         graves: Mutex::default(),
         counts: Counts::default(),
     };
@@ -317,8 +281,8 @@ fn storm(server: Arc<Server>, seed: u64, keys: u64) {
         }
     });
     let stormed = began.elapsed();
-    storm.audit();
-    storm.report(stormed, began.elapsed());
+    let tally = storm.end();
+    storm.report(tally, stormed, began.elapsed());
     drop(upstream);
 }
 

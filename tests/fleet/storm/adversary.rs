@@ -49,9 +49,8 @@ impl Storm {
         let place = &self.places[number];
         let mut held = place.gateway.lock().unwrap();
         let mut old = held.take().unwrap();
-        self.deaths.lock().unwrap().push(Instant::now());
+        let struck = Instant::now();
         old.kill();
-        place.deaths.fetch_add(1, Ordering::SeqCst);
         self.counts.kills.fetch_add(1, Ordering::SeqCst);
         thread::sleep(downtime);
         self.proxies[number].forgive();
@@ -67,17 +66,19 @@ impl Storm {
         };
         *place.addr.lock().unwrap() = new.addr;
         *held = Some(new);
+        self.trouble(struck);
         self.graves.lock().unwrap().push(old);
     }
 
     fn freeze(&self, place: usize, time: Duration) {
         let held = self.places[place].gateway.lock().unwrap();
         let gateway = held.as_ref().unwrap();
-        self.deaths.lock().unwrap().push(Instant::now());
+        let struck = Instant::now();
         signal(gateway, Signal::STOP);
         self.counts.stops.fetch_add(1, Ordering::SeqCst);
         self.pause(time);
         signal(gateway, Signal::CONT);
+        self.trouble(struck);
     }
 
     /// Cuts, delays and stalls the gateways' connections to the store, and loses its answers.
