@@ -4,6 +4,7 @@ use rustls::RootCertStore;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use std::path::Path;
+use zeroize::Zeroizing;
 
 /// A file that a setting names does not serve its purpose.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -24,8 +25,9 @@ impl Named<'_> {
         FileError { key: self.0, message: format!("{}: {reason}", self.1.display()) }
     }
 
-    fn read(self) -> Result<Vec<u8>, FileError> {
-        std::fs::read(self.1).map_err(|error| self.error(&format!("cannot be read: {error}")))
+    /// Wiped when it is dropped: it may hold a key.
+    fn read(self) -> Result<Zeroizing<Vec<u8>>, FileError> {
+        std::fs::read(self.1).map(Zeroizing::new).map_err(|error| self.error(&format!("cannot be read: {error}")))
     }
 
     /// All certificates; `none` says that there is not one.

@@ -9,6 +9,7 @@ use std::io::Read;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
+use zeroize::Zeroizing;
 
 /// Characters that a token must have.
 const TOKEN_MIN: usize = 16;
@@ -76,7 +77,8 @@ impl TokenFile {
 
 fn read(path: &Path) -> Result<Arc<[Token]>, String> {
     let place = path.display();
-    let mut text = Vec::new();
+    // Wiped when it is dropped; with so much room it is never moved.
+    let mut text = Zeroizing::new(Vec::with_capacity(FILE_MAX as usize + 1));
     let read = std::fs::File::open(path).and_then(|file| file.take(FILE_MAX + 1).read_to_end(&mut text));
     read.map_err(|error| format!("{place}: cannot be read: {error}"))?;
     if text.len() as u64 > FILE_MAX {

@@ -7,6 +7,7 @@ use crate::store::embedded::{self, Durability};
 use crate::store::shared::{self, TlsFiles};
 use std::path::PathBuf;
 use std::time::Duration;
+use zeroize::Zeroizing;
 
 /// The store, and the lease of claims in it, if it is shared.
 pub(super) struct Resolved {
@@ -95,7 +96,7 @@ fn shared_keys(section: &mut Section<'_>, engine: Engine, engine_at: &At) -> (Du
     let url = section.read("url", |value| url(value, engine));
     let password_at = section.at("password_file");
     let password_file = section.read("password_file", file);
-    let password = password_file.and_then(|path| match std::fs::read_to_string(&path) {
+    let password = password_file.and_then(|path| match std::fs::read_to_string(&path).map(Zeroizing::new) {
         Ok(text) => Some(text.trim_end_matches(['\r', '\n']).to_owned()),
         Err(error) => {
             section.add(&password_at, "password_file", &format!("{}: cannot be read: {error}", path.display()));
