@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// An outcome that could not be recorded is tried again at least as often as that.
 const RECORDED_AGAIN: Duration = Duration::from_secs(2);
 /// How many keys are asked about at a time.
-const AUDITORS: usize = 8;
+const AUDITORS: usize = 32;
 
 impl Storm {
     pub(super) fn end(&self) -> Tally {
