@@ -29,7 +29,7 @@ use struck::writer::Writing;
 use struck::{Acknowledgements, note};
 
 /// Keys that are written before a store is closed or killed.
-const KEYS: u64 = 3000;
+const KEYS: u64 = 2500;
 /// Flips in the copies of one store, before the next one is made.
 const FLIPS_PER_STORE: u64 = 100;
 

@@ -61,7 +61,7 @@ fn settled(n: u64) -> Option<Option<Value>> {
     }
 }
 
-fn completed(n: u64) -> Value {
+pub(crate) fn completed(n: u64) -> Value {
     let text = format!("completed {n} {}", "r".repeat((n % 700) as usize));
     Value { tag: COMPLETED, expires_at_ms: Some(expires_at_ms(n)), bytes: Bytes::from(text) }
 }
