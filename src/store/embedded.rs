@@ -204,8 +204,8 @@ impl Shared {
                 };
             }
             drop(state);
+            self.survey.confirm(self, id)?;
             let Some(located) = self.index.get(id).map_err(|error| Self::index_error(&error))? else {
-                self.survey.confirm_absence(self, id)?;
                 return Ok(Lookup::Absent { in_index: false });
             };
             let state = self.state();

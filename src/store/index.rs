@@ -105,6 +105,16 @@ pub(crate) struct Change {
     pub(crate) is_new: bool,
 }
 
+/// What is known of an entry besides what stands in the index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Known {
+    /// The checkpoint vouches for it, together with all others of its bucket.
+    Settled,
+    /// The index was stopped while it changed the entry. What became of it stands in the log behind the checkpoint; if
+    /// nothing does, it had been dropped.
+    Gone,
+}
+
 /// How far the index has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Checkpoint {
@@ -140,16 +150,12 @@ pub(crate) trait Index: Send + Sync {
     /// About how many entries it holds.
     fn entries(&self) -> u64;
 
-    /// `false` if it was stopped in the middle of its changes: then nobody knows what exactly it should hold, and
-    /// [`Index::check`] establishes it.
-    fn is_certain(&self) -> bool;
-
     /// Walks through one bucket, and compares it with what the checkpoint says of it. To be called once for each bucket
     /// before the first change.
     ///
     /// # Errors
     /// If an entry cannot be read, or entries are missing or changed.
-    fn check(&self, bucket: usize, visit: &mut dyn FnMut(RecordId, Located)) -> Result<(), IndexError>;
+    fn check(&self, bucket: usize, visit: &mut dyn FnMut(RecordId, Located, Known)) -> Result<(), IndexError>;
 
     /// It was found to be wrong: it is not to be used after the next start.
     ///

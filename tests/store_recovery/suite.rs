@@ -688,6 +688,148 @@ fn an_entry_lost_from_the_index_is_never_taken_for_absent() {
     }
 }
 
+/// What stands in the index under a record; if `put` is given, that stands there then, behind its back.
+fn in_index(path: &Path, n: u64, put: Option<&[u8]>) -> Vec<u8> {
+    let index = path.join("index");
+    let_go(path);
+    let old = match ENGINE {
+        Engine::Sled => {
+            let db = sled::open(index).unwrap();
+            let entries = db.open_tree("entries").unwrap();
+            let old = entries.get(id(n).0).unwrap().unwrap().to_vec();
+            if let Some(put) = put {
+                entries.insert(id(n).0, put).unwrap();
+                db.flush().unwrap();
+            }
+            old
+        }
+        Engine::Fjall => {
+            let db = fjall::Database::builder(index).open().unwrap();
+            let entries = db.keyspace("entries", fjall::KeyspaceCreateOptions::default).unwrap();
+            let old = entries.get(id(n).0).unwrap().unwrap().to_vec();
+            if let Some(put) = put {
+                entries.insert(id(n).0, put).unwrap();
+                db.persist(fjall::PersistMode::SyncAll).unwrap();
+            }
+            old
+        }
+    };
+    let_go(path);
+    old
+}
+
+#[test]
+fn an_older_entry_in_the_index_is_never_believed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data");
+    let runtime = runtime();
+    // Without a claim, which would have all that follows it replayed from the log.
+    let mut held = runtime.block_on(async {
+        let store = open(&path);
+        let mut held = BTreeMap::new();
+        for n in 0..300 {
+            held.insert(n, pair(&store, n, FAR, 1000 + n).await);
+        }
+        store.close();
+        held
+    });
+    let older = in_index(&path, 7, None);
+    let old = held[&7].version;
+    runtime.block_on(async {
+        let store = open(&path);
+        let newer = value(UNKNOWN, Some(FAR), "newer");
+        held.insert(7, Entry { version: put(&store, 7, Some(old), newer.clone(), 3000).await, value: newer });
+        // So that the index hears of it.
+        for n in 1000..1200 {
+            held.insert(n, pair(&store, n, FAR, 3000).await);
+        }
+        store.close();
+    });
+    for round in 0..4 {
+        let newer = in_index(&path, 7, Some(&older));
+        assert_ne!(newer, older, "the index had heard of it");
+        if round == 0 {
+            // Before the store is open, all of the index is compared.
+            assert_holds(&open(&path), &held);
+            continue;
+        }
+        let store = open_at_once(&path, 0);
+        let claim = value(CLAIMED, None, "again");
+        let error = match round {
+            1 => runtime.block_on(store.get(id(7))).unwrap_err(),
+            2 => runtime
+                .block_on(store.compare_and_swap(id(7), Some(old), Some(claim), 5000, Urgency::Settle))
+                .expect_err("it is not the version that stands there"),
+            _ => runtime.block_on(store.compare_and_swap(id(7), None, Some(claim), 5000, Urgency::Claim)).unwrap_err(),
+        };
+        assert!(matches!(error, StoreError::Failed { .. }), "{error}");
+        drop(store);
+        assert_holds(&open_at_once(&path, 2), &held);
+    }
+}
+
+#[test]
+fn an_older_copy_of_the_index_is_brought_up_to_date_or_made_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, copy) = (dir.path().join("data"), dir.path().join("copy"));
+    let runtime = runtime();
+    let mut held: BTreeMap<u64, (Entry, u64)> = BTreeMap::new();
+    let mut now = 1000;
+    let mut oldest_segments = Vec::new();
+    for round in 0..8_u64 {
+        let store = open(&path);
+        runtime.block_on(async {
+            for n in round * 60..round * 60 + 60 {
+                // Some are replaced in a later round, some removed, some stay claimed; most expire after two rounds.
+                let expires_at_ms = if n % 6 == 0 { FAR } else { now + 130 };
+                held.insert(n, (pair(&store, n, expires_at_ms, now).await, expires_at_ms));
+                now += 1;
+                if n % 6 == 0 && n >= 120 {
+                    let (old, _) = held.remove(&(n - 120)).unwrap();
+                    if n % 12 == 0 {
+                        let newer = value(UNKNOWN, Some(FAR), &format!("replaced in round {round}"));
+                        let version = put(&store, n - 120, Some(old.version), newer.clone(), now).await;
+                        held.insert(n - 120, (Entry { version, value: newer }, FAR));
+                    } else {
+                        let none = store.compare_and_swap(id(n - 120), Some(old.version), None, now, Urgency::Settle);
+                        assert!(matches!(none.await.unwrap(), Swap::Done(_)));
+                    }
+                }
+            }
+            held.retain(|_, (_, expires_at_ms)| *expires_at_ms > now);
+            sweep_all(&store, now).await;
+        });
+        drop(store);
+        let_go(&path);
+        oldest_segments.push(segments(&path)[0].clone());
+        copy_dir(&path.join("index"), &dir.path().join(format!("index-{round}")));
+    }
+    assert!(oldest_segments.last() > oldest_segments.get(2), "segments have been retired since: {oldest_segments:?}");
+    let expected: BTreeMap<u64, Entry> = held.iter().map(|(n, (entry, _))| (*n, entry.clone())).collect();
+    for round in 0..8 {
+        for tuning in [small(), at_once(0), at_once(2)] {
+            let _ = std::fs::remove_dir_all(&copy);
+            copy_dir(&path, &copy);
+            std::fs::remove_dir_all(copy.join("index")).unwrap();
+            copy_dir(&dir.path().join(format!("index-{round}")), &copy.join("index"));
+            let store = Embedded::open_tuned(&options(&copy), tuning).unwrap();
+            runtime.block_on(async {
+                for n in 0..480 {
+                    let found = store.get(id(n)).await.unwrap();
+                    match expected.get(&n) {
+                        Some(entry) => assert_eq!(found.as_ref(), Some(entry), "record {n}, index of round {round}"),
+                        // What has expired may come back, to be dropped again.
+                        None => assert!(
+                            found.is_none_or(|found| found.value.expires_at_ms.is_some_and(|at| at <= now)),
+                            "record {n}, index of round {round}"
+                        ),
+                    }
+                }
+            });
+        }
+    }
+}
+
 #[test]
 fn a_large_index_is_walked_through_while_the_store_serves() {
     let dir = tempfile::tempdir().unwrap();

@@ -72,7 +72,7 @@ fn use_index(
     let why = match matches {
         false => "its checkpoint does not match the log".to_owned(),
         true => {
-            let survey = Survey::begin(&mut state, index.is_certain());
+            let survey = Survey::begin(&mut state);
             // A walk through a large index would take too long now.
             let later = index.entries() > tuning.survey_first_max;
             match if later { Ok(()) } else { survey.complete(&*index, &mut state) } {
@@ -120,7 +120,7 @@ fn rebuild(
         Ok(())
     })?;
     state.end = end;
-    let survey = Survey::begin(&mut state, index.is_certain());
+    let survey = Survey::begin(&mut state);
     survey.complete(&*index, &mut state).map_err(no_index)?;
     Ok((index, state, survey))
 }

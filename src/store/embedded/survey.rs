@@ -1,14 +1,14 @@
-//! The walk through the index that follows its opening: an engine may silently give less than was written. Until it has been
-//! compared with its checkpoint, the absence of an entry means nothing; besides, only the walk tells how many records
-//! of each kind there are.
+//! The walk through the index that follows its opening: an engine may silently give less than was written, or what was
+//! written earlier. Until it has been compared with its checkpoint, neither an entry in it nor its absence means anything;
+//! besides, only the walk tells how many records of each kind there are.
 //!
 //! A small index is walked through before the store is open. A large one is walked through while it serves, bucket by
-//! bucket; whoever meets an absence in a bucket that has not been compared yet, compares it first. The index does not
+//! bucket; whoever asks for an entry of a bucket that has not been compared yet, compares it first. The index does not
 //! change meanwhile: indexer and sweep wait for the end.
 
 use super::Shared;
 use super::state::{IdSet, Slot, State};
-use crate::store::index::{BUCKETS, Index, IndexError, bucket};
+use crate::store::index::{BUCKETS, Index, IndexError, Known, bucket};
 use crate::store::log::Position;
 use crate::store::{OLDEST_TRACKED, RecordId, StoreError, Tag};
 use std::collections::hash_map::Entry;
@@ -17,9 +17,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 pub(super) struct Survey {
     done: AtomicBool,
-    /// Whether the index is expected to hold something definite. It is not if it was stopped in the middle of a change;
-    /// then all that had changed stands in the log behind the checkpoint, and is in memory.
-    expected: bool,
     work: Mutex<Option<Arc<Work>>>,
 }
 
@@ -39,13 +36,13 @@ struct Found {
     buckets: usize,
     counts: [i64; Tag::COUNT],
     tracked: Vec<(RecordId, u64, Position)>,
-    /// Entries of retired segments: the index has not heard that they are gone.
+    /// Entries of retired segments, and those that were dropped: the index has not heard that they are gone.
     stale: Vec<RecordId>,
 }
 
 impl Survey {
     /// Begins with what memory holds; the log has been replayed.
-    pub(super) fn begin(state: &mut State, expected: bool) -> Self {
+    pub(super) fn begin(state: &mut State) -> Self {
         let live: Vec<_> = state.slots.values().filter_map(|slot| Some(slot.live.as_ref()?.located)).collect();
         live.iter().for_each(|located| state.count(located));
         let work = Work {
@@ -56,7 +53,7 @@ impl Survey {
             buckets: (0..BUCKETS).map(|_| Mutex::new(false)).collect(),
             found: Mutex::default(),
         };
-        Self { done: AtomicBool::new(false), expected, work: Mutex::new(Some(Arc::new(work))) }
+        Self { done: AtomicBool::new(false), work: Mutex::new(Some(Arc::new(work))) }
     }
 
     pub(super) fn is_done(&self) -> bool {
@@ -132,12 +129,12 @@ impl Survey {
         }
     }
 
-    /// The index holds nothing under this id: that counts once its bucket has been compared.
+    /// Has the bucket of this id been compared, before the index is asked for it.
     ///
     /// # Errors
     /// If the index turns out to be wrong; the store has failed then.
-    pub(super) fn confirm_absence(&self, shared: &Shared, id: RecordId) -> Result<(), StoreError> {
-        if self.is_done() || !self.expected {
+    pub(super) fn confirm(&self, shared: &Shared, id: RecordId) -> Result<(), StoreError> {
+        if self.is_done() {
             return Ok(());
         }
         let Some(work) = self.work() else { return Ok(()) };
@@ -147,7 +144,7 @@ impl Survey {
     }
 }
 
-/// The index may have lost entries: nothing that it says counts any more. The next start rebuilds it.
+/// The index may have lost entries, or gone back to older ones: nothing that it says counts any more. The next start rebuilds it.
 fn condemn(shared: &Shared, error: &IndexError) -> StoreError {
     let noted = shared.index.condemn();
     let next = match noted {
@@ -175,11 +172,11 @@ impl Work {
         }
         let mut part = Found::default();
         let mut impossible = false;
-        index.check(bucket, &mut |id, located| {
+        index.check(bucket, &mut |id, located, known| {
             if located.position.segment > self.newest_segment {
                 impossible = true;
             } else if self.hidden.contains(&id) {
-            } else if located.position.segment < self.oldest_segment {
+            } else if located.position.segment < self.oldest_segment || known == Known::Gone {
                 part.stale.push(id);
             } else {
                 if let Some(count) = part.counts.get_mut(usize::from(located.tag.0)) {

@@ -7,7 +7,7 @@
 //! never end once the threads that do it have died. Opening a damaged database may panic.
 
 use super::format::{State, border, decode, decode_checkpoint, encode, encode_checkpoint, hash};
-use super::{Change, Checkpoint, Index, IndexError, Located, Tuning};
+use super::{Change, Checkpoint, Index, IndexError, Known, Located, Tuning};
 use crate::store::RecordId;
 use crate::store::log::segment::StoreId;
 use fjall::compaction::Leveled;
@@ -80,7 +80,7 @@ impl FjallIndex {
             Ok(opened) => opened.map_err(|error| IndexError(error.to_string()))?,
             Err(_) => return Err(IndexError("fjall panicked while it was opened".to_owned())),
         };
-        let state = Mutex::new(State::empty(true));
+        let state = Mutex::new(State::empty());
         let index = Self { open: Some(open), path: path.to_owned(), tuning, store, state };
         let checkpoint = index.guarded(|open| open.entries.get(CHECKPOINT))?;
         if let Some(read) = checkpoint.and_then(|bytes| decode_checkpoint(&bytes, store)) {
@@ -165,11 +165,7 @@ impl Index for FjallIndex {
         self.state().entries
     }
 
-    fn is_certain(&self) -> bool {
-        self.state().clean
-    }
-
-    fn check(&self, bucket: usize, visit: &mut dyn FnMut(RecordId, Located)) -> Result<(), IndexError> {
+    fn check(&self, bucket: usize, visit: &mut dyn FnMut(RecordId, Located, Known)) -> Result<(), IndexError> {
         let (mut sum, mut malformed) = (0_u64, false);
         let Some(from) = border(bucket) else { return Ok(()) };
         let until = border(bucket + 1).map_or(Bound::Unbounded, Bound::Excluded);
@@ -181,14 +177,14 @@ impl Index for FjallIndex {
                     return Ok(());
                 };
                 sum = sum.wrapping_add(hash(RecordId(*id), &value));
-                visit(RecordId(*id), located);
+                visit(RecordId(*id), located, Known::Settled);
             }
             Ok(())
         })?;
         if malformed {
             return Err(IndexError("it holds malformed entries".to_owned()));
         }
-        self.state().compare(bucket, sum)
+        self.state().compare(bucket, sum, sum)
     }
 
     fn condemn(&self) -> Result<(), IndexError> {

@@ -7,6 +7,9 @@ use crate::store::log::{LogPoint, Position};
 use crate::store::{RecordId, Tag};
 use xxhash_rust::xxh3::xxh3_64;
 
+/// Of the checkpoint. Earlier ones said 1 here, or 0 while the index was being changed, and then not what was.
+const FORMAT: u8 = 1;
+
 /// What the checkpoint says beside the positions.
 #[derive(Clone, Debug)]
 pub(super) struct State {
@@ -15,14 +18,21 @@ pub(super) struct State {
     pub(super) entries: u64,
     /// For each bucket, the sum of its entries' hashes: it does not depend on their order.
     pub(super) sums: Vec<u64>,
-    /// `false` from before the first change until the next checkpoint: the sums do not hold then.
-    pub(super) clean: bool,
+    /// What is being changed, in order: the sums leave these entries out, whatever stands there. Empty once the changes
+    /// are on the disk.
+    pub(super) changing: Vec<u64>,
+}
+
+/// Stands for an id in [`State::changing`]: ids are hashes.
+pub(super) fn mark(id: RecordId) -> u64 {
+    let RecordId([a, b, c, d, e, f, g, h, ..]) = id;
+    u64::from_be_bytes([a, b, c, d, e, f, g, h])
 }
 
 impl State {
     /// Of an index without entries.
-    pub(super) fn empty(clean: bool) -> Self {
-        Self { checkpoint: None, entries: 0, sums: vec![0; BUCKETS], clean }
+    pub(super) fn empty() -> Self {
+        Self { checkpoint: None, entries: 0, sums: vec![0; BUCKETS], changing: Vec::new() }
     }
 
     pub(super) fn add(&mut self, id: RecordId, value: &[u8]) {
@@ -39,17 +49,18 @@ impl State {
         }
     }
 
-    /// Compares a bucket's sum with what was found; takes the latter if nothing is known.
+    /// Compares a bucket's sum with what was found of the entries that were not being changed; from now on it is that of
+    /// all that were found.
     ///
     /// # Errors
     /// If they differ.
-    pub(super) fn compare(&mut self, bucket: usize, found: u64) -> Result<(), IndexError> {
+    pub(super) fn compare(&mut self, bucket: usize, settled: u64, all: u64) -> Result<(), IndexError> {
         match self.sums.get_mut(bucket) {
-            Some(wanted) if self.clean && *wanted != found => {
+            Some(wanted) if *wanted != settled => {
                 Err(IndexError("entries are missing, or others stand there than were written".to_owned()))
             }
             Some(wanted) => {
-                *wanted = found;
+                *wanted = all;
                 Ok(())
             }
             None => Ok(()),
@@ -102,7 +113,8 @@ pub(super) fn encode_checkpoint(checkpoint: &Checkpoint, state: &State, store: S
     for field in [checkpoint.applied_to.frame, state.entries].iter().chain(&state.sums) {
         out.extend_from_slice(&field.to_le_bytes());
     }
-    out.push(u8::from(state.clean));
+    out.push(FORMAT);
+    state.changing.iter().for_each(|mark| out.extend_from_slice(&mark.to_le_bytes()));
     files::seal(out)
 }
 
@@ -116,5 +128,9 @@ pub(super) fn decode_checkpoint(bytes: &[u8], store: StoreId) -> Option<State> {
     let checkpoint = Checkpoint { replay_from, applied_to: LogPoint { position: applied_to, frame: fields.u64()? } };
     let entries = fields.u64()?;
     let sums = (0..BUCKETS).map(|_| fields.u64()).collect::<Option<Vec<_>>>()?;
-    Some(State { checkpoint: Some(checkpoint), entries, sums, clean: fields.u8()? == 1 })
+    if fields.u8()? != FORMAT {
+        return None;
+    }
+    let changing = std::iter::from_fn(|| fields.u64()).collect();
+    fields.0.is_empty().then_some(State { checkpoint: Some(checkpoint), entries, sums, changing })
 }
