@@ -4,14 +4,15 @@
 #![cfg(feature = "failpoints")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stderr)]
 
+#[allow(dead_code, reason = "shared with other tests")]
 #[path = "audit/random.rs"]
 mod random;
 
 #[path = "../fuzz/src/choices.rs"]
 mod choices;
-#[path = "../fuzz/src/differential.rs"]
+#[path = "../fuzz/src/differential/mod.rs"]
 mod differential;
-#[path = "../fuzz/src/http.rs"]
+#[path = "../fuzz/src/http/mod.rs"]
 mod http;
 #[path = "../fuzz/src/wire.rs"]
 mod wire;
@@ -19,20 +20,22 @@ mod wire;
 mod world;
 
 use random::Random;
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Once;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Panics of tasks are lost otherwise.
-static PANICS: AtomicUsize = AtomicUsize::new(0);
+thread_local! {
+    /// Panics of tasks are lost otherwise.
+    static PANICS: Cell<usize> = const { Cell::new(0) };
+}
 
 fn run(check: fn(&[u8]), seeds: u64) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
-            PANICS.fetch_add(1, Ordering::SeqCst);
+            PANICS.set(PANICS.get() + 1);
             before(info);
         }));
     });
@@ -46,7 +49,7 @@ fn run(check: fn(&[u8]), seeds: u64) {
         let len = random.below(600);
         let bytes = (0..len).map(|_| random.next() as u8).collect::<Vec<_>>();
         let ended = catch_unwind(AssertUnwindSafe(|| check(&bytes)));
-        assert!(ended.is_ok() && PANICS.load(Ordering::SeqCst) == 0, "FIRST_SEED={seed} SEEDS=1");
+        assert!(ended.is_ok() && PANICS.get() == 0, "FIRST_SEED={seed} SEEDS=1");
     }
 }
 

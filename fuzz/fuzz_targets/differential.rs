@@ -1,4 +1,4 @@
-//! A random sequence of requests, outages and restarts: the gateway answers as a model of its promises says. See `src/differential.rs`.
+//! A random sequence of requests, outages and restarts: the gateway answers as a model of its promises says. See `src/differential/mod.rs`.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

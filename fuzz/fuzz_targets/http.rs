@@ -1,4 +1,4 @@
-//! Clients and an upstream that are not to be trusted: neither sees what it must not of the other. See `src/http.rs`.
+//! Clients and an upstream that are not to be trusted: neither sees what it must not of the other. See `src/http/mod.rs`.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -103,7 +103,8 @@ fn framing(message: &Message) -> Result<Option<Framing>, String> {
         ([], []) => Ok(None),
         ([coding], []) if coding.eq_ignore_ascii_case("chunked") => Ok(Some(Framing::Chunked)),
         ([], [length]) => {
-            let plain = length.bytes().all(|byte| byte.is_ascii_digit()) && (*length == "0" || !length.starts_with('0'));
+            let plain =
+                length.bytes().all(|byte| byte.is_ascii_digit()) && (*length == "0" || !length.starts_with('0'));
             let length = length.parse().ok().filter(|_| plain).ok_or_else(|| format!("a length of {length:?}"))?;
             Ok(Some(Framing::Length(length)))
         }

@@ -106,7 +106,8 @@ fn settings(settings: Settings) -> String {
 /// A request as its client writes it.
 fn written(plan: &Plan, number: usize) -> String {
     let request = &plan.requests[number];
-    let mut text = format!("{} {} HTTP/1.1\r\nHost: a.example\r\nX-Id: {number}\r\n", request.method, request.target.raw);
+    let mut text =
+        format!("{} {} HTTP/1.1\r\nHost: a.example\r\nX-Id: {number}\r\n", request.method, request.target.raw);
     text += "X-Gone: 1\r\nConnection: close, x-gone";
     for named in [request.key.named, request.who.named].iter().filter(|named| !named.is_empty()) {
         text += &format!(", {named}");
@@ -163,7 +164,9 @@ impl Scene {
                     failed = fault == Fault::Failed;
                     self.store.set(fault);
                 }
-                Act::Upstream(reachable) => drop(self.reachable.send_replace(reachable)),
+                Act::Upstream(reachable) => {
+                    self.reachable.send_replace(reachable);
+                }
                 Act::Kill => unreachable!("a life ends with it"),
             }
         }
@@ -284,7 +287,9 @@ fn response(number: usize, script: &Script, body: &str) -> String {
         Size::LargeInChunks => {
             let (first, second) = body.split_at(body.len() / 3);
             let (one, two) = (first.len(), second.len());
-            text + &format!("Transfer-Encoding: chunked\r\n\r\n{one:x}\r\n{first}\r\n{two:x};x\r\n{second}\r\n0\r\n\r\n")
+            text + &format!(
+                "Transfer-Encoding: chunked\r\n\r\n{one:x}\r\n{first}\r\n{two:x};x\r\n{second}\r\n0\r\n\r\n"
+            )
         }
     }
 }

@@ -11,17 +11,30 @@ use std::collections::{BTreeMap, HashMap};
 /// What a request is answered with.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Expect {
-    Problem { status: u16, code: &'static str, retry_after: Option<u32> },
+    Problem {
+        status: u16,
+        code: &'static str,
+        retry_after: Option<u32>,
+    },
     /// The upstream's answer to it; `passed`: without a look at the key.
-    Answered { passed: bool },
+    Answered {
+        passed: bool,
+    },
     /// The record of what this one was answered with, at this time.
-    Replayed { of: usize, at: u64 },
+    Replayed {
+        of: usize,
+        at: u64,
+    },
     /// The same answer as this one got, which is no record.
-    Shared { of: usize },
+    Shared {
+        of: usize,
+    },
     /// Nothing: the gateway was killed.
     Lost,
     /// The outcome waits to be recorded: a record of this one, or a refusal that says that it is not known (yet).
-    Undecided { of: usize },
+    Undecided {
+        of: usize,
+    },
     Anything,
 }
 
@@ -46,11 +59,19 @@ type Payload = (&'static str, &'static str, Option<&'static str>, Option<&'stati
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum State {
-    Claimed { by: usize, late: bool },
-    Completed { of: usize, recorded: bool },
+    Claimed {
+        by: usize,
+        late: bool,
+    },
+    Completed {
+        of: usize,
+        recorded: bool,
+    },
     Unknown,
     /// What became of it could not be written.
-    Unwritten { of: usize },
+    Unwritten {
+        of: usize,
+    },
     /// Nothing can be said of it any more.
     Wild,
 }
@@ -229,7 +250,9 @@ impl<'a> Model<'a> {
             return self.answer(number, problem(413, "body_too_large"));
         }
         let payload = match self.plan.settings.compared {
-            Compared::Json if body.media == Some("text/plain") => ("POST", path, request.target.query, body.media, body.text),
+            Compared::Json if body.media == Some("text/plain") => {
+                ("POST", path, request.target.query, body.media, body.text)
+            }
             Compared::Json => ("POST", path, request.target.query, body.media, body.json),
             Compared::Raw => ("POST", path, request.target.query, body.media, body.text),
             Compared::None => ("POST", "", None, None, ""),

@@ -210,7 +210,8 @@ impl Plan {
     fn request(&self, choices: &mut Choices<'_>, at: u64) -> Request {
         // Mostly alike: what happens, happens between requests with one key.
         let likes = choices.byte();
-        let pick = |choices: &mut Choices<'_>, bit: u8, all: usize| if likes & bit > 0 { 0 } else { choices.below(all) };
+        let pick =
+            |choices: &mut Choices<'_>, bit: u8, all: usize| if likes & bit > 0 { 0 } else { choices.below(all) };
         Request {
             at,
             method: ["POST", "POST", "POST", "GET", "DELETE", "PATCH", "PUT"][pick(choices, 1 | 2, 7)],

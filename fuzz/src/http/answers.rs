@@ -62,25 +62,80 @@ const VERSIONS: (&[&str], &[&str]) =
 const STATUSES: (&[&str], &[&str]) = (
     &["201 Created", "200 OK", "200 ", "409 Conflict", "500 Oops", "404 Not Found"],
     &[
-        "204 No Content", "304 Not Modified", "429 Slow", "503 Busy", "502 Bad", "408 Late", "100 Continue", "101 Switching",
-        "199 x", "2x0 OK", "99 x", "1000 x", "200", "-200 x", "200\tOK", "302 Found", "600 x", "200 O\0K", "205 Reset",
+        "204 No Content",
+        "304 Not Modified",
+        "429 Slow",
+        "503 Busy",
+        "502 Bad",
+        "408 Late",
+        "100 Continue",
+        "101 Switching",
+        "199 x",
+        "2x0 OK",
+        "99 x",
+        "1000 x",
+        "200",
+        "-200 x",
+        "200\tOK",
+        "302 Found",
+        "600 x",
+        "200 O\0K",
+        "205 Reset",
     ],
 );
 const LINES: &[&str] = &[
-    "Date: Sun, 06 Nov 1994 08:49:37 GMT", "Content-Type: text/plain", "Connection: close", "Connection: keep-alive",
-    "Connection: X-Hop\r\nX-Hop: 1", "Keep-Alive: timeout=2", "Set-Cookie: a=b", "Location: /posts/1", "Retry-After: 1",
-    "Idempotency-Outcome: final", "Idempotency-Outcome: not-executed", "Idempotency-Outcome: unknown", "Trailer: X-Sum",
-    "Upgrade: websocket", "Connection: Upgrade\r\nUpgrade: websocket", "Age: 7", "Cache-Status: x; hit", "X: \u{e4}", "X:",
-    "Idempotency-Replayed: true", "Proxy-Authenticate: Basic", "X-Two: 1\r\nx-two: 2", "Via: 1.1 y", "Vary: *",
+    "Date: Sun, 06 Nov 1994 08:49:37 GMT",
+    "Content-Type: text/plain",
+    "Connection: close",
+    "Connection: keep-alive",
+    "Connection: X-Hop\r\nX-Hop: 1",
+    "Keep-Alive: timeout=2",
+    "Set-Cookie: a=b",
+    "Location: /posts/1",
+    "Retry-After: 1",
+    "Idempotency-Outcome: final",
+    "Idempotency-Outcome: not-executed",
+    "Idempotency-Outcome: unknown",
+    "Trailer: X-Sum",
+    "Upgrade: websocket",
+    "Connection: Upgrade\r\nUpgrade: websocket",
+    "Age: 7",
+    "Cache-Status: x; hit",
+    "X: \u{e4}",
+    "X:",
+    "Idempotency-Replayed: true",
+    "Proxy-Authenticate: Basic",
+    "X-Two: 1\r\nx-two: 2",
+    "Via: 1.1 y",
+    "Vary: *",
 ];
 const ODD_LINES: &[&str] = &[
-    "X : y", "X: a\r\n folded", " X: y", "X: a\0b", "X: a\rb", "X: a\nY: b", ": y", "X", "X\u{e4}: y", "X: \x7f",
-    "Transfer-Encoding : chunked", "Connection: content-length", "Connection: transfer-encoding, set-cookie",
+    "X : y",
+    "X: a\r\n folded",
+    " X: y",
+    "X: a\0b",
+    "X: a\rb",
+    "X: a\nY: b",
+    ": y",
+    "X",
+    "X\u{e4}: y",
+    "X: \x7f",
+    "Transfer-Encoding : chunked",
+    "Connection: content-length",
+    "Connection: transfer-encoding, set-cookie",
 ];
 
 pub(crate) fn script(choices: &mut Choices<'_>) -> Script {
     let style = choices.byte();
-    let odd = |place: u8| if style & 0x80 > 0 { 4 } else if style % 10 == place { 1 } else { 256 };
+    let odd = |place: u8| {
+        if style & 0x80 > 0 {
+            4
+        } else if style % 10 == place {
+            1
+        } else {
+            256
+        }
+    };
     let mut text = String::new();
     for _ in 0..[0, 0, 0, 0, 0, 1, 2, 70][choices.below(8)] {
         text += "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n";
@@ -161,11 +216,26 @@ fn framed(choices: &mut Choices<'_>, odd: usize, odd_chunks: usize, eol: &str, b
 }
 
 fn chunked(choices: &mut Choices<'_>, odd: usize, body: &str) -> String {
-    const SIZES: (&[&str], &[&str]) =
-        (&["{x}\r\n", "0{x}\r\n", "{x};a=b\r\n"], &["{x}\n", "0x{x}\r\n", "+{x}\r\n", "1{x}\r\n", "{x};\n\r\n", "\r\n", " {x}\r\n"]);
+    const SIZES: (&[&str], &[&str]) = (
+        &["{x}\r\n", "0{x}\r\n", "{x};a=b\r\n"],
+        &["{x}\n", "0x{x}\r\n", "+{x}\r\n", "1{x}\r\n", "{x};\n\r\n", "\r\n", " {x}\r\n"],
+    );
     const LAST: (&[&str], &[&str]) = (
-        &["0\r\n\r\n", "0;x\r\n\r\n", "0\r\nX-Sum: 1\r\n\r\n", "0\r\nContent-Length: 9\r\nTransfer-Encoding: x\r\n\r\n"],
-        &["", "0\r\n", "0\n\n", "0\r\nX : y\r\n\r\n", "0\r\nX: a\nY: b\r\n\r\n", "0\r\nX: a\rY: b\r\n\r\n", "0\r\nHTTP/1.1 200 OK\r\n\r\n"],
+        &[
+            "0\r\n\r\n",
+            "0;x\r\n\r\n",
+            "0\r\nX-Sum: 1\r\n\r\n",
+            "0\r\nContent-Length: 9\r\nTransfer-Encoding: x\r\n\r\n",
+        ],
+        &[
+            "",
+            "0\r\n",
+            "0\n\n",
+            "0\r\nX : y\r\n\r\n",
+            "0\r\nX: a\nY: b\r\n\r\n",
+            "0\r\nX: a\rY: b\r\n\r\n",
+            "0\r\nHTTP/1.1 200 OK\r\n\r\n",
+        ],
     );
     let mut text = String::new();
     if !body.is_empty() {

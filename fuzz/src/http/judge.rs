@@ -46,7 +46,8 @@ fn owner<'a>(visit: &Visit, all: &[&'a Asked], answered: &mut [usize]) -> Option
     let alike = |asked: &Asked| {
         let ids = asked.list("connection").iter().all(|option| option != "x-id");
         let same_id = !ids || asked.all("x-id").eq(message.all("x-id"));
-        let body = if visit.whole { asked.whole && asked.body == message.body } else { asked.body.starts_with(&message.body) };
+        let body =
+            if visit.whole { asked.whole && asked.body == message.body } else { asked.body.starts_with(&message.body) };
         asked.method == *method && asked.target.as_ref() == Some(target) && same_id && body
     };
     let safe = ["GET", "HEAD", "OPTIONS", "TRACE"].contains(&method.as_str());
@@ -58,9 +59,24 @@ fn owner<'a>(visit: &Visit, all: &[&'a Asked], answered: &mut [usize]) -> Option
 
 /// Fields that a proxy sets, drops or changes.
 const HOP: [&str; 18] = [
-    "connection", "keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization", "te", "upgrade",
-    "http2-settings", "transfer-encoding", "content-length", "trailer", "expect", "via", "x-forwarded-for",
-    "x-forwarded-proto", "x-forwarded-host", "host", "max-forwards",
+    "connection",
+    "keep-alive",
+    "proxy-connection",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "te",
+    "upgrade",
+    "http2-settings",
+    "transfer-encoding",
+    "content-length",
+    "trailer",
+    "expect",
+    "via",
+    "x-forwarded-for",
+    "x-forwarded-proto",
+    "x-forwarded-host",
+    "host",
+    "max-forwards",
 ];
 
 /// A request's head, as the upstream has got it.
@@ -96,7 +112,9 @@ fn fields(visit: &Visit, asked: &Asked) -> Result<(), String> {
     if expected != got {
         return Err(format!("fields {got:?} instead of {expected:?}"));
     }
-    if let Some((name, _)) = message.fields.iter().find(|(name, _)| named.contains(name) && !HOP.contains(&name.as_str())) {
+    if let Some((name, _)) =
+        message.fields.iter().find(|(name, _)| named.contains(name) && !HOP.contains(&name.as_str()))
+    {
         return Err(format!("{name}, which Connection names, has come through"));
     }
     let never = ["content-length", "transfer-encoding", "host", "authorization", "idempotency-key"];
@@ -165,7 +183,9 @@ fn responses(bytes: &[u8], asked: &[Asked], sent: usize) -> Result<(), String> {
     while !rest.is_empty() {
         let request = asked.get(count);
         let to_head = request.is_some_and(|asked| asked.method == "HEAD");
-        let parse = |to_head: bool| wire::response(rest, to_head, true).map_err(|wrong| format!("{wrong}: {:?}", wire::text(rest)));
+        let parse = |to_head: bool| {
+            wire::response(rest, to_head, true).map_err(|wrong| format!("{wrong}: {:?}", wire::text(rest)))
+        };
         let mut parsed = parse(to_head)?;
         // The library refuses what it cannot read, whatever it was.
         if to_head

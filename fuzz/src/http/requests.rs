@@ -52,40 +52,149 @@ const METHODS: (&[&str], &[&str]) = (
 const TARGETS: (&[&str], &[&str]) = (
     &["/posts", "/posts", "/posts", "/x", "/v1/workspaces/w/posts"],
     &[
-        "/posts/", "//posts", "/%70osts", "/x/../posts", "/posts?q=1", "/Posts", "/posts;x", "/v1%2Fposts", "http://a/posts",
-        "http://a/x", "http://b/posts", "HTTP://a/posts", "https://a", "http://a?x", "http://u@a/x", "http:///x", "ftp://a/x",
-        "*", "/x#f", "/posts#/../x", "a:80", "x", "?x", "", "/x y", "/\"", "/\u{e4}", "/x\0", "/x\r", "/x\n", "/*",
+        "/posts/",
+        "//posts",
+        "/%70osts",
+        "/x/../posts",
+        "/posts?q=1",
+        "/Posts",
+        "/posts;x",
+        "/v1%2Fposts",
+        "http://a/posts",
+        "http://a/x",
+        "http://b/posts",
+        "HTTP://a/posts",
+        "https://a",
+        "http://a?x",
+        "http://u@a/x",
+        "http:///x",
+        "ftp://a/x",
+        "*",
+        "/x#f",
+        "/posts#/../x",
+        "a:80",
+        "x",
+        "?x",
+        "",
+        "/x y",
+        "/\"",
+        "/\u{e4}",
+        "/x\0",
+        "/x\r",
+        "/x\n",
+        "/*",
     ],
 );
-const VERSIONS: (&[&str], &[&str]) =
-    (&["HTTP/1.1"], &["HTTP/1.0", "HTTP/1.0", "HTTP/1.2", "HTTP/2.0", "HTTP/0.9", "http/1.1", "HTTP/1.1 ", "HTTP/1.1 x", "", "ICAP/1.1"]);
+const VERSIONS: (&[&str], &[&str]) = (
+    &["HTTP/1.1"],
+    &[
+        "HTTP/1.0",
+        "HTTP/1.0",
+        "HTTP/1.2",
+        "HTTP/2.0",
+        "HTTP/0.9",
+        "http/1.1",
+        "HTTP/1.1 ",
+        "HTTP/1.1 x",
+        "",
+        "ICAP/1.1",
+    ],
+);
 const HOSTS: (&[&str], &[&str]) = (
     &["Host: a"],
-    &["", "Host: a:80", "Host: b", "Host: a\r\nHost: a", "Host: a\r\nHost: b", "Host:", "Host: u@a", "Host: a b", "Host: [::1]:80", "Host: a/x", "Host : a", "Host: a\r\n b"],
+    &[
+        "",
+        "Host: a:80",
+        "Host: b",
+        "Host: a\r\nHost: a",
+        "Host: a\r\nHost: b",
+        "Host:",
+        "Host: u@a",
+        "Host: a b",
+        "Host: [::1]:80",
+        "Host: a/x",
+        "Host : a",
+        "Host: a\r\n b",
+    ],
 );
 const KEYS: (&[&str], &[&str]) = (
     &["Idempotency-Key: a", "Idempotency-Key: a", "Idempotency-Key: b", ""],
     &[
-        "Idempotency-Key: \"a\"", "idempotency-key:a", "Idempotency-Key: \"a\";x", "Idempotency-Key:", "Idempotency-Key: a,b",
-        "Idempotency-Key: a\r\nIdempotency-Key: a", "Idempotency-Key: \"a", "Idempotency_Key: a", "Idempotency-Key : a",
-        "Idempotency-Key: a\r\n b", "Idempotency-Key: \u{e4}", "Idempotency-Key: A",
+        "Idempotency-Key: \"a\"",
+        "idempotency-key:a",
+        "Idempotency-Key: \"a\";x",
+        "Idempotency-Key:",
+        "Idempotency-Key: a,b",
+        "Idempotency-Key: a\r\nIdempotency-Key: a",
+        "Idempotency-Key: \"a",
+        "Idempotency_Key: a",
+        "Idempotency-Key : a",
+        "Idempotency-Key: a\r\n b",
+        "Idempotency-Key: \u{e4}",
+        "Idempotency-Key: A",
     ],
 );
 /// Lines that may stand in any request.
 const LINES: &[&str] = &[
-    "Connection: close", "Connection: keep-alive", "Connection: X-Hop, close\r\nX-Hop: 1", "Connection: x-hop\r\nX-Hop: 1",
-    "Connection: idempotency-key", "Connection: authorization", "Connection: transfer-encoding", "Connection: content-length",
-    "Connection: host", "Connection: Upgrade\r\nUpgrade: websocket", "Connection: Upgrade\r\nUpgrade: h2c",
-    "Upgrade: websocket", "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c, websocket\r\nHTTP2-Settings: AAMAAABkAAQAAP__",
-    "Expect: 100-continue", "Expect: 100-continue", "Expect: x", "TE: trailers", "Trailer: X-Sum", "Trailer: Content-Length, Host",
-    "Max-Forwards: 0", "Max-Forwards: 2", "Via: 1.1 oncegate", "Via: 1.0 fred", "X-Forwarded-For: 1.2.3.4", "X-Forwarded-Host: z",
-    "Cookie: a=b", "X-Api-Key: 1", "Authorization: Bearer z", "Authorization: DPoP x", "Content-Type: application/json",
-    "Content-Encoding: gzip", "Keep-Alive: timeout=5", "Proxy-Connection: keep-alive", "Proxy-Authorization: Basic x",
-    "X: \u{e4}", "X:", "X: \t y \t", "x-two: 1\r\nX-Two: 2", "Range: bytes=0-1", "If-None-Match: *",
+    "Connection: close",
+    "Connection: keep-alive",
+    "Connection: X-Hop, close\r\nX-Hop: 1",
+    "Connection: x-hop\r\nX-Hop: 1",
+    "Connection: idempotency-key",
+    "Connection: authorization",
+    "Connection: transfer-encoding",
+    "Connection: content-length",
+    "Connection: host",
+    "Connection: Upgrade\r\nUpgrade: websocket",
+    "Connection: Upgrade\r\nUpgrade: h2c",
+    "Upgrade: websocket",
+    "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c, websocket\r\nHTTP2-Settings: AAMAAABkAAQAAP__",
+    "Expect: 100-continue",
+    "Expect: 100-continue",
+    "Expect: x",
+    "TE: trailers",
+    "Trailer: X-Sum",
+    "Trailer: Content-Length, Host",
+    "Max-Forwards: 0",
+    "Max-Forwards: 2",
+    "Via: 1.1 oncegate",
+    "Via: 1.0 fred",
+    "X-Forwarded-For: 1.2.3.4",
+    "X-Forwarded-Host: z",
+    "Cookie: a=b",
+    "X-Api-Key: 1",
+    "Authorization: Bearer z",
+    "Authorization: DPoP x",
+    "Content-Type: application/json",
+    "Content-Encoding: gzip",
+    "Keep-Alive: timeout=5",
+    "Proxy-Connection: keep-alive",
+    "Proxy-Authorization: Basic x",
+    "X: \u{e4}",
+    "X:",
+    "X: \t y \t",
+    "x-two: 1\r\nX-Two: 2",
+    "Range: bytes=0-1",
+    "If-None-Match: *",
 ];
 const ODD_LINES: &[&str] = &[
-    "X : y", "X: a\r\n folded", " X: y", "X: a\0b", "X: a\rb", "X: a\nY: b", ": y", "X", "X(: y", "X\u{e4}: y", "X: y\r",
-    "GET /hidden HTTP/1.1", "X: \x7f", "X\t: y", "Transfer_Encoding: chunked", "Content_Length: 5", "\0: \0",
+    "X : y",
+    "X: a\r\n folded",
+    " X: y",
+    "X: a\0b",
+    "X: a\rb",
+    "X: a\nY: b",
+    ": y",
+    "X",
+    "X(: y",
+    "X\u{e4}: y",
+    "X: y\r",
+    "GET /hidden HTTP/1.1",
+    "X: \x7f",
+    "X\t: y",
+    "Transfer_Encoding: chunked",
+    "Content_Length: 5",
+    "\0: \0",
 ];
 const BODIES: &[&str] = &["{}", "{}", "{\"a\":1}", "", HIDDEN, "0\r\n\r\n", "5\r\nhello\r\n0\r\n\r\n"];
 pub(crate) const HIDDEN: &str = "GET /hidden HTTP/1.1\r\nHost: a\r\n\r\n";
@@ -93,7 +202,15 @@ pub(crate) const HIDDEN: &str = "GET /hidden HTTP/1.1\r\nHost: a\r\n\r\n";
 fn request(choices: &mut Choices<'_>, client: usize, id: &str, to: &mut Vec<u8>) {
     let style = choices.byte();
     // Most are as they should be, or wrong in one place.
-    let odd = |place: u8| if style & 0x80 > 0 { 4 } else if style % 12 == place { 1 } else { 256 };
+    let odd = |place: u8| {
+        if style & 0x80 > 0 {
+            4
+        } else if style % 12 == place {
+            1
+        } else {
+            256
+        }
+    };
     let eol = of(choices, odd(0), &["\r\n"], &["\n", "\n", "\r", "\r\r\n", "\r\n\r\n", " \r\n"]);
     let method = of(choices, odd(1), METHODS.0, METHODS.1);
     let target = of(choices, odd(2), TARGETS.0, TARGETS.1);
@@ -138,8 +255,18 @@ fn framed(choices: &mut Choices<'_>, odd: usize, odd_chunks: usize, body: &[u8])
         };
     }
     const CODINGS: [&str; 12] = [
-        "chunked", "Chunked", "chunked, chunked", "identity", "gzip, chunked", "chunked;q=1", "\x0bchunked", "\"chunked\"",
-        "xchunked", "chunked,", "chunked\r\nTransfer-Encoding: chunked", "",
+        "chunked",
+        "Chunked",
+        "chunked, chunked",
+        "identity",
+        "gzip, chunked",
+        "chunked;q=1",
+        "\x0bchunked",
+        "\"chunked\"",
+        "xchunked",
+        "chunked,",
+        "chunked\r\nTransfer-Encoding: chunked",
+        "",
     ];
     let coding = CODINGS[choices.below(12)];
     let chunks = chunked(choices, odd_chunks, body);
@@ -171,13 +298,46 @@ fn framed(choices: &mut Choices<'_>, odd: usize, odd_chunks: usize, body: &[u8])
 
 fn chunked(choices: &mut Choices<'_>, odd: usize, body: &[u8]) -> Vec<u8> {
     const SIZES: (&[&str], &[&str]) = (
-        &["{x}\r\n", "{X}\r\n", "0{x}\r\n", "{x};a=b\r\n", "{x} ;a=\"b;c\"\r\n", "{x}\t\r\n", "0000000000000000000{x}\r\n"],
-        &["{x}\n", "{x}\r", "+{x}\r\n", "0x{x}\r\n", "{x} {x}\r\n", "{x};a\n\r\n", "{x};\rb\r\n", " {x}\r\n", "\r\n", "1{x}\r\n", "{x}\0\r\n", "10000000000000000{x}\r\n"],
+        &[
+            "{x}\r\n",
+            "{X}\r\n",
+            "0{x}\r\n",
+            "{x};a=b\r\n",
+            "{x} ;a=\"b;c\"\r\n",
+            "{x}\t\r\n",
+            "0000000000000000000{x}\r\n",
+        ],
+        &[
+            "{x}\n",
+            "{x}\r",
+            "+{x}\r\n",
+            "0x{x}\r\n",
+            "{x} {x}\r\n",
+            "{x};a\n\r\n",
+            "{x};\rb\r\n",
+            " {x}\r\n",
+            "\r\n",
+            "1{x}\r\n",
+            "{x}\0\r\n",
+            "10000000000000000{x}\r\n",
+        ],
     );
     const ENDS: (&[&str], &[&str]) = (&["\r\n"], &["", "\n", "\r", "x\r\n", "\r\n\r\n"]);
     const LAST: (&[&str], &[&str]) = (
         &["0\r\n\r\n", "00;x\r\n\r\n", "0\r\nX-Sum: 1\r\n\r\n", "0\r\nContent-Length: 9\r\nHost: z\r\n\r\n"],
-        &["", "0\r\n", "0\n\n", "0\r\n\n", "0\r\nX : y\r\n\r\n", "0\r\nX: a\nY: b\r\n\r\n", "0\r\nX: y\n\nGET /hidden HTTP/1.1\nHost: a\n\n\r\n\r\n", "0\r\nGET /hidden HTTP/1.1\r\n\r\n", "0\r\n X: y\r\n\r\n", "-0\r\n\r\n", "0\r\n\r\r\n"],
+        &[
+            "",
+            "0\r\n",
+            "0\n\n",
+            "0\r\n\n",
+            "0\r\nX : y\r\n\r\n",
+            "0\r\nX: a\nY: b\r\n\r\n",
+            "0\r\nX: y\n\nGET /hidden HTTP/1.1\nHost: a\n\n\r\n\r\n",
+            "0\r\nGET /hidden HTTP/1.1\r\n\r\n",
+            "0\r\n X: y\r\n\r\n",
+            "-0\r\n\r\n",
+            "0\r\n\r\r\n",
+        ],
     );
     let mut text = Vec::new();
     let step = [body.len().max(1), 1, 7][choices.below(3)];

@@ -57,13 +57,14 @@ struct Upstream {
 ///
 /// # Panics
 /// If anything is seen that must not be.
-pub fn check(bytes: &[u8]) {
+pub(crate) fn check(bytes: &[u8]) {
     let mut choices = Choices::new(bytes);
     let flags = choices.byte();
     let missing_key = ["", "idempotency.missing_key = \"derive\"\n", "idempotency.missing_key = \"reject\"\n"];
     let settings = format!("{SETTINGS}{}", missing_key[usize::from(flags >> 2) % 3]);
     let scripts = (0..usize::from(flags & 3) * 2).map(|_| answers::script(&mut choices)).collect::<VecDeque<_>>();
-    let clients = (0..1 + usize::from(flags >> 7)).map(|number| requests::client(&mut choices, number)).collect::<Vec<_>>();
+    let clients =
+        (0..1 + usize::from(flags >> 7)).map(|number| requests::client(&mut choices, number)).collect::<Vec<_>>();
     // What follows is HTTP/2.
     if clients.iter().any(|client| client.bytes.starts_with(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")) {
         return;
@@ -83,7 +84,12 @@ pub fn check(bytes: &[u8]) {
 fn story(clients: &[Client], scripts: &VecDeque<Script>, seen: &Seen) -> String {
     let mut text = String::new();
     for (number, client) in clients.iter().enumerate() {
-        text += &format!("client {number}: {:?}\n  {:?}, pauses {:?}\n", wire::text(&client.bytes), client.end, client.pauses);
+        text += &format!(
+            "client {number}: {:?}\n  {:?}, pauses {:?}\n",
+            wire::text(&client.bytes),
+            client.end,
+            client.pauses
+        );
         text += &format!("  got: {:?}\n", wire::text(&seen.answers[number]));
     }
     for (number, visit) in seen.visits.iter().enumerate() {

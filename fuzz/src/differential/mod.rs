@@ -14,7 +14,7 @@ use plan::{Flaw, Key, Plan, RETENTION, Request};
 ///
 /// # Panics
 /// If anything is not as the model says.
-pub fn check(bytes: &[u8]) {
+pub(crate) fn check(bytes: &[u8]) {
     let plan = Plan::new(bytes);
     let seen = drive::run(&plan);
     let order = seen.visits.iter().map(|visit| visit.request).collect::<Vec<_>>();
@@ -196,7 +196,8 @@ impl Judge<'_> {
             same("request line", &message.start, &start)?;
             same("body", crate::wire::text(&message.body), request.body.text.to_owned())?;
             let keys = message.all("idempotency-key").collect::<Vec<_>>();
-            if self.routed() && first.key.key == Key::None && self.plan.settings.missing_key == plan::MissingKey::Derive {
+            if self.routed() && first.key.key == Key::None && self.plan.settings.missing_key == plan::MissingKey::Derive
+            {
                 same("a derived key", keys.len() == 1 && keys[0].len() == 64, true)?;
             } else {
                 let named = !first.key.named.is_empty();
