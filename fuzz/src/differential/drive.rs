@@ -238,7 +238,7 @@ impl Scene {
 
     /// `false`: the connection ends.
     async fn answer(&self, message: Message, stream: &mut DuplexStream) -> bool {
-        let number = message.field("x-id").and_then(|id| id.parse().ok()).expect("nothing comes without");
+        let number: usize = message.field("x-id").and_then(|id| id.parse().ok()).unwrap_or(usize::MAX);
         let script = self.scripts[number];
         let body = {
             let mut seen = self.seen.lock().unwrap();

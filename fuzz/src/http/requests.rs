@@ -32,7 +32,8 @@ pub(crate) fn client(choices: &mut Choices<'_>, number: usize) -> Client {
     let mut at = 0;
     if choices.one_in(2) {
         while at < bytes.len() && pauses.len() < 64 {
-            at += 1 + choices.below([1, 3, 16, 200][choices.below(4)]);
+            let longest = [1, 3, 16, 200][choices.below(4)];
+            at += 1 + choices.below(longest);
             pauses.push((at.min(bytes.len()), [0, 0, 0, 0, 0, 0, 1, 700][choices.below(8)]));
         }
     }
