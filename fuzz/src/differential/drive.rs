@@ -202,6 +202,9 @@ impl Scene {
                 Err(wrong) => break Err(wrong),
             }
         };
+        if read.is_empty() {
+            return;
+        }
         let mut seen = self.seen.lock().unwrap();
         match answer {
             Ok((message, whole)) => seen.answers[number] = Some(Answer { at: now_ms(), message, whole }),
