@@ -203,8 +203,8 @@ struct Frame {
 }
 
 pub(crate) fn frames(store: &Path) -> Frames {
-    let segments = files(&store.join("log")).into_iter().filter(|file| kind_of(file) == "segment");
-    let file = segments.last().unwrap();
+    let mut segments = files(&store.join("log")).into_iter().filter(|file| kind_of(file) == "segment");
+    let file = segments.next_back().unwrap();
     let bytes = std::fs::read(&file).unwrap();
     let mut list = Vec::new();
     let mut at = SEGMENT_HEADER as usize;
