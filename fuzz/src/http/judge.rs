@@ -103,7 +103,7 @@ fn fields(visit: &Visit, asked: &Asked) -> Result<(), String> {
     let kept = |fields: &Fields| {
         let mut kept = fields.clone();
         kept.retain(|(name, _)| {
-            !HOP.contains(&name.as_str()) && !named.contains(name) && !(derived && name == "idempotency-key")
+            !(HOP.contains(&name.as_str()) || named.contains(name) || derived && name == "idempotency-key")
         });
         kept.sort_by(|one, other| one.0.cmp(&other.0));
         kept
