@@ -140,7 +140,10 @@ impl Backend for MadeUpStore {
         urgency: Urgency,
     ) -> Answer<'_, Swapped> {
         let swap = || at_once(self.memory.compare_and_swap(id, expected, new, now_ms, urgency));
-        let swap = self.reach(urgency == Urgency::Claim).and_then(|()| swap());
+        // A full store compares first: what it holds already it tells.
+        let refuses = |found: Option<Entry>| urgency == Urgency::Claim && found.map(|found| found.version) == expected;
+        let found = self.reach(false).and_then(|()| at_once(self.memory.get(id)));
+        let swap = found.and_then(|found| self.reach(refuses(found))).and_then(|()| swap());
         told(swap.map(|swap| Swapped { swap, may_land_until_ms: None }))
     }
 
