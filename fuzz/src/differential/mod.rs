@@ -36,7 +36,12 @@ fn story(plan: &Plan, seen: &Seen, expected: &[Expected]) -> String {
             text += &format!("{at}: {act:?}\n");
             continue;
         };
-        text += &format!("{at}: {number}: {:?}\n  expected: {:?}\n  ", plan.requests[*number], expected[*number]);
+        let Request { method, target, key, who, body, script, .. } = &plan.requests[*number];
+        let target = target.raw;
+        text +=
+            &format!("{at}: {number}: {method} {target} {:?}{:?} {:?}{:?}", key.lines, key.named, who.lines, who.named);
+        text += &format!(" {:.40?} {:?}\n  {script:?}\n", body.text, body.content_type);
+        text += &format!("  expected: {:?}\n  ", expected[*number]);
         text += &match &seen.answers[*number] {
             None => "no answer\n".to_owned(),
             Some(Answer { at, message, whole }) => {

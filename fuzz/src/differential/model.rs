@@ -218,8 +218,11 @@ impl<'a> Model<'a> {
         self.events.retain(|_, event| matches!(event, Event::Act(_)));
         for record in self.records.values_mut() {
             record.waiting.clear();
-            if matches!(record.state, State::Claimed { .. }) {
-                (record.state, record.since) = (State::Unknown, self.now);
+            match record.state {
+                State::Claimed { .. } => (record.state, record.since) = (State::Unknown, self.now),
+                // It may be unknown now, and be sent again.
+                State::Unwritten { .. } if self.plan.settings.resend => record.state = State::Wild,
+                _ => {}
             }
         }
         for (request, answer) in self.plan.requests.iter().zip(&mut self.expected) {
@@ -363,6 +366,7 @@ impl<'a> Model<'a> {
         record.since = self.now;
         record.state = match class {
             Class::NotExecuted if blind => State::Wild,
+            Class::Unknown if blind && self.plan.settings.resend => State::Wild,
             _ if blind => State::Unwritten { of: by },
             Class::Final => State::Completed { of: by, recorded: matches!(script.size, Size::Small | Size::Empty) },
             Class::Unknown | Class::NotExecuted => State::Unknown,
