@@ -25,7 +25,7 @@ impl<'a> Choices<'a> {
         self.below(many) == many - 1
     }
 
-    pub(crate) fn of<T>(&mut self, all: &'a [T]) -> &'a T {
+    pub(crate) fn of<'b, T>(&mut self, all: &'b [T]) -> &'b T {
         &all[self.below(all.len())]
     }
 

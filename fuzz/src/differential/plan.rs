@@ -124,7 +124,7 @@ pub(crate) struct Script {
     pub(crate) interim: bool,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Request {
     pub(crate) at: u64,
     pub(crate) method: &'static str,
@@ -210,6 +210,19 @@ impl Plan {
     fn request(&self, choices: &mut Choices<'_>, at: u64) -> Request {
         // Mostly alike: what happens, happens between requests with one key.
         let likes = choices.byte();
+        if let Some(last) = self.requests.last().filter(|_| likes & 3 == 3) {
+            // The same again, but for one thing.
+            let mut again = Request { at, ..last.clone() };
+            match likes >> 2 & 7 {
+                0 | 1 => again.who = choices.of(&WHO),
+                2 => again.body = choices.of(&BODIES),
+                3 => again.key = choices.of(&KEYS),
+                4 => again.target = choices.of(&TARGETS),
+                _ => {}
+            }
+            again.script = choices.of(&SCRIPTS);
+            return again;
+        }
         let pick =
             |choices: &mut Choices<'_>, bit: u8, all: usize| if likes & bit > 0 { 0 } else { choices.below(all) };
         Request {

@@ -164,8 +164,8 @@ pub(crate) fn script(choices: &mut Choices<'_>) -> Script {
             text[at] = choices.byte();
         }
         // What nobody has asked for. Were it to come later, it would be the answer to the next request.
-        2 | 3 if style % 10 == 7 => text.extend_from_slice(&plain().text),
-        4 if style % 10 == 7 => text.extend_from_slice(b"garbage\r\n\r\n"),
+        2..=5 if style % 10 == 7 => text.extend_from_slice(&plain().text),
+        6 if style % 10 == 7 => text.extend_from_slice(b"garbage\r\n\r\n"),
         _ if sound && style & 0x80 == 0 => {
             let mut at = 0;
             for _ in 0..choices.below(6) {

@@ -32,8 +32,14 @@ pub(crate) fn judge(clients: &[Client], seen: &Seen) -> Vec<String> {
         }
     }
     for (number, answers) in seen.answers.iter().enumerate() {
-        let found = responses(answers, &asked[number], clients[number].bytes.len());
-        wrong.extend(found.err().map(|found| format!("client {number}: {found}")));
+        match responses(answers, &asked[number], clients[number].bytes.len()) {
+            Err(found) => wrong.push(format!("client {number}: {found}")),
+            Ok(messages) => {
+                let pairs = asked[number].iter().zip(&messages);
+                let strange = pairs.filter_map(|(asked, message)| strange(asked, message, &seen.visits, &owners));
+                wrong.extend(strange.map(|found| format!("client {number}: {found}")));
+            }
+        }
         wrong.extend(others(number, answers, &asked[number], &seen.visits, &owners));
     }
     wrong
@@ -177,11 +183,11 @@ fn executed_twice(visits: &[Visit]) -> Vec<String> {
 }
 
 /// Well-formed responses, none without a request; the last may be cut off.
-fn responses(bytes: &[u8], asked: &[Asked], sent: usize) -> Result<(), String> {
+fn responses(bytes: &[u8], asked: &[Asked], sent: usize) -> Result<Vec<Message>, String> {
     let mut rest = bytes;
-    let mut count = 0;
+    let mut messages = Vec::new();
     while !rest.is_empty() {
-        let request = asked.get(count);
+        let request = asked.get(messages.len());
         let to_head = request.is_some_and(|asked| asked.method == "HEAD");
         let parse = |to_head: bool| {
             wire::response(rest, to_head, true).map_err(|wrong| format!("{wrong}: {:?}", wire::text(rest)))
@@ -202,19 +208,40 @@ fn responses(bytes: &[u8], asked: &[Asked], sent: usize) -> Result<(), String> {
         };
         rest = &rest[len..];
         match message.status() {
-            101 if request.is_some_and(|asked| asked.all("upgrade").next().is_some()) => return Ok(()),
+            101 if request.is_some_and(|asked| asked.all("upgrade").next().is_some()) => return Ok(messages),
             101 => return Err("101 to who offered nothing".to_owned()),
             100..200 => continue,
             _ => {}
         }
         response(&message, request)?;
-        count += 1;
+        messages.push(message);
         let left = asked.last().is_none_or(|last| last.end < sent || !last.whole);
-        if count > asked.len() + usize::from(left) {
-            return Err(format!("{count} answers to {} requests", asked.len()));
+        if messages.len() > asked.len() + usize::from(left) {
+            return Err(format!("{} answers to {} requests", messages.len(), asked.len()));
         }
     }
-    Ok(())
+    Ok(messages)
+}
+
+/// Whether what is answered is what the upstream has said to another request, which had not even the same key.
+fn strange(asked: &Asked, message: &Message, visits: &[Visit], owners: &[Option<&Asked>]) -> Option<String> {
+    let text = format!("{:?}{}", message.fields, wire::text(&message.body));
+    let found = visits.iter().zip(owners).enumerate().find(|(number, (visit, owner))| {
+        let own = owner.is_some_and(|owner| {
+            owner.method == asked.method && owner.target == asked.target && owner.all("x-id").eq(asked.all("x-id"))
+        });
+        text.contains(&answers::token(*number)) && !own && !entitled(asked, visit)
+    });
+    found.map(|(number, _)| format!("visit {number} is the answer to another request than {asked:?}"))
+}
+
+/// Whether it is told the record of what the upstream has seen.
+fn entitled(asked: &Asked, visit: &Visit) -> bool {
+    let keys = |all: Vec<&str>| all.into_iter().map(key).collect::<Vec<_>>();
+    let sent = keys(asked.all("idempotency-key").collect());
+    asked.method == "POST"
+        && asked.all("authorization").eq(visit.message.all("authorization"))
+        && (sent.is_empty() || sent == keys(visit.message.all("idempotency-key").collect()))
 }
 
 fn response(message: &Message, asked: Option<&Asked>) -> Result<(), String> {
@@ -240,13 +267,7 @@ fn others(client: usize, answers: &[u8], asked: &[Asked], visits: &[Visit], owne
         if own || !text.contains(&answers::token(number)) {
             continue;
         }
-        let keys = |all: Vec<&str>| all.into_iter().map(key).collect::<Vec<_>>();
-        let entitled = |asked: &Asked| {
-            asked.method == "POST"
-                && asked.all("authorization").eq(visit.message.all("authorization"))
-                && keys(asked.all("idempotency-key").collect()) == keys(visit.message.all("idempotency-key").collect())
-        };
-        if !asked.iter().any(entitled) {
+        if !asked.iter().any(|asked| entitled(asked, visit)) {
             wrong.push(format!("client {client} gets the answer to another's request, visit {number}"));
         }
     }

@@ -75,7 +75,12 @@ fn request(client: usize, bytes: &[u8], mut at: usize) -> Option<(Asked, bool)> 
         whole: true,
         end,
     };
-    asked.host = authority.or_else(|| asked.all("host").next().map(str::to_owned));
+    let hosts = asked.all("host").map(str::to_owned).collect::<Vec<_>>();
+    let differs = |authority: &String| hosts.first().is_some_and(|host| !host.eq_ignore_ascii_case(authority));
+    if hosts.len() > 1 || hosts.is_empty() && !http10 || authority.as_ref().is_some_and(differs) {
+        asked.target = None;
+    }
+    asked.host = authority.or_else(|| hosts.first().cloned());
     let mut goes_on = frame(&mut asked, bytes, &mut end)?;
     asked.end = end;
     let connection = asked.list("connection");
