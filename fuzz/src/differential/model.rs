@@ -227,7 +227,11 @@ impl<'a> Model<'a> {
         }
         for (request, answer) in self.plan.requests.iter().zip(&mut self.expected) {
             if request.at < self.now {
-                answer.get_or_insert(Expect::Lost);
+                let answer = answer.get_or_insert(Expect::Lost);
+                // It may have waited still.
+                if matches!(answer, Expect::Undecided { .. }) && self.now < request.at + WAIT_TIMEOUT {
+                    *answer = Expect::Anything;
+                }
             }
         }
     }
