@@ -350,7 +350,8 @@ impl<'a> Model<'a> {
         if end > RESPONSE_TIMEOUT {
             self.at(self.now + RESPONSE_TIMEOUT, Event::Late(id.clone(), number));
         }
-        if end == 0 { self.end(&id, number) } else { self.at(self.now + end, Event::End(id, number)) }
+        // Be it at once: whoever waits for a free key, too, waits for this one by then.
+        self.at(self.now + end, Event::End(id, number));
     }
 
     fn end(&mut self, id: &Id, by: usize) {
